@@ -1,0 +1,64 @@
+# Every target sets itself up: the first one makes .venv with pinned packages, later ones start at once.
+# PYTHONS narrows the choice of interpreter (make test PYTHONS=3.12), CONFIG names another experiment.
+PYTHONS ?= 3.13 3.12 3.11
+CONFIG  ?= configs/stdlib.py
+WORKERS ?= 2
+
+SET_UP = pyproject.toml constraints.txt constraints-floor.txt tools/make_venv.sh tools/find_python.sh
+PYTEST = .venv/bin/python -m pytest -n $(WORKERS) --dist loadfile
+
+.PHONY: help setup train test test-fast test-all lint format bench wheel floor clean
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+
+setup: .venv/installed  ## make .venv only
+
+train: .venv/installed  ## train the model of CONFIG (configs/stdlib.py: minutes on two cores) and show what it learned
+	@echo "training $(CONFIG); stop at any time, the same command resumes"
+	@.venv/bin/striate train $(CONFIG)
+
+test: .venv/installed  ## run the tests that take seconds to a minute each
+	@echo "running all tests but those marked slow"
+	@$(PYTEST) -m "not slow"
+
+test-fast: .venv/installed  ## run the tests that take seconds, within three minutes
+	@echo "running all tests but those marked slow or long"
+	@$(PYTEST) -m "not slow and not long"
+
+test-all: .venv/installed  ## run every test
+	@echo "running every test, the slow ones too"
+	@$(PYTEST)
+
+lint: .venv/installed  ## check style and formatting
+	@echo "ruff: lint and format"
+	@.venv/bin/ruff check .
+	@.venv/bin/ruff format --check .
+
+format: .venv/installed  ## put the files in the form that lint asks for
+	@.venv/bin/ruff check --fix .
+	@.venv/bin/ruff format .
+
+bench: .venv/installed  ## measure attention against jax.nn.dot_product_attention
+	@echo "benchmarking attention, forward and backward"
+	@.venv/bin/python benchmarks/attention.py
+
+wheel: .venv/installed  ## build the wheel into dist/
+	@echo "building the wheel into dist/"
+	@rm -rf build
+	@.venv/bin/python -m build --wheel --no-isolation --outdir dist . > /dev/null
+	@ls dist/*.whl
+
+floor: .venv-floor/installed  ## run the smoke tests on the oldest supported Python and JAX
+	@echo "smoke tests on Python 3.11 and jax 0.10.2"
+	@.venv-floor/bin/python -m pytest -m smoke
+	@.venv-floor/bin/striate --help > /dev/null
+
+clean:  ## remove what the targets made, except runs/
+	rm -rf .venv .venv-floor .cache .hypothesis .pytest_cache .ruff_cache build dist striate.egg-info
+
+.venv/installed: $(SET_UP)
+	@tools/make_venv.sh .venv $(PYTHONS)
+
+.venv-floor/installed: $(SET_UP)
+	@tools/make_venv.sh .venv-floor 3.11
