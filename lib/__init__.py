@@ -1,1 +1,1 @@
-"""The library: the language (tokens, masks, layouts, positions), the mixers, their parallel forms, decoding and training."""
+"""The library: the language, the mixers, their parallel forms, decoding, training and the command line."""

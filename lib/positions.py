@@ -1,4 +1,4 @@
-"""Positions that enter through queries and keys. All read true positions, so that any token order gives the same result."""
+"""Positions that enter through queries and keys: read from Tokens, so that any token order gives the same result."""
 
 from __future__ import annotations
 

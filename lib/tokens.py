@@ -16,10 +16,10 @@ PADDING = -1
 
 @jax.tree_util.register_pytree_with_keys_class
 class Tokens:
-    """Named int32 arrays, each (batch, length), one value per token: a pytree that is sharded, permuted and sent around.
+    """Named int32 arrays (batch, length), one value per token: a pytree that is sharded, permuted and sent around.
 
-    `position` orders the tokens of a document; `document` tells packed documents apart and is -1 on padding. Any further
-    field may be named: `Tokens(position=p, document=d, frame=f)`; read one as `tokens["frame"]`.
+    `position` orders the tokens of a document; `document` tells packed documents apart and is -1 on padding. Any
+    further field may be named: `Tokens(position=p, document=d, frame=f)`; read one as `tokens["frame"]`.
 
     Raises:
       UserError: a field that is not of rank 2, not of an integer type, or not of the shape of `position`.

@@ -1,0 +1,8 @@
+"""striate: attention on long sequences. Any mask, any token order, any mesh; see README.md and docs/design.md."""
+
+from striate.lib import layouts, masks, parallel, positions
+from striate.lib.attention import attention
+from striate.lib.errors import UserError
+from striate.lib.tokens import Tokens
+
+__all__ = ["Tokens", "UserError", "attention", "layouts", "masks", "parallel", "positions"]

@@ -1,0 +1,247 @@
+"""Exact attention in tiles: the XLA form, O(length) memory, any device.
+
+Forward, for one block of queries, over its live blocks of keys (online softmax; Milakov and Gimelshein 2018, Dao 2023):
+
+    S = scale Q K^T        m' = max(m, rowmax S)      P = exp(S - m')
+    l' = l e^(m - m') + rowsum P                      acc' = acc e^(m - m') + P V
+    at the end                                        out = acc / l,  lse = m + log l
+
+Backward, for one block of keys, over its live blocks of queries; only q, k, v, out, lse were saved. With
+delta = rowsum(dO * out) - dlse, everything is computed transposed, so that each of the five products is a plain one:
+
+    P^T = exp(scale K Q^T - lse)                      dV += P^T dO
+    dS^T = P^T * (V dO^T - delta)                     dK += scale dS^T Q       dQ^T += scale K^T dS^T
+
+A block is live unless its verdict is NONE. The blocks of verdict ALL run without mask arithmetic, before the MIXED
+ones. Verdicts are computed from the Tokens inside the program, so traced Tokens skip as well as known ones.
+
+Arrays are heads-major here: q (B, K, G, T, D), k (B, K, S, D), v (B, K, S, V) with H = K G query heads, G of them for
+each key/value head: the G heads of a group are further rows of one product, so keys are never repeated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from striate.lib import masks
+
+# The running maximum starts finite, so that a row that has seen nothing yet needs no guard against inf - inf.
+LOWEST = -1e30
+
+
+class Partial(NamedTuple):
+    """Attention over the keys seen so far, unnormalised: what travels between tiles and between ring steps. float32."""
+
+    maximum: jax.Array  # (B, K, G, T) m, greatest logit so far
+    total: jax.Array  # (B, K, G, T) l, sum of exp(logit - m)
+    weighted: jax.Array  # (B, K, G, T, V) acc, sum of exp(logit - m) v
+
+    @classmethod
+    def empty(cls, shape_BKGT: tuple[int, ...], value_width: int) -> Partial:
+        zeros = jnp.zeros(shape_BKGT, jnp.float32)
+        return cls(zeros + LOWEST, zeros, jnp.zeros((*shape_BKGT, value_width), jnp.float32))
+
+    def finish(self) -> tuple[jax.Array, jax.Array]:
+        """(out float32 (B, K, G, T, V), lse (B, K, G, T)); a row that saw nothing gives 0 and -inf."""
+        seen = self.total > 0
+        total = jnp.where(seen, self.total, 1.0)
+        lse = jnp.where(seen, self.maximum + jnp.log(total), -jnp.inf)
+        return self.weighted / total[..., None], lse
+
+
+class Problem(NamedTuple):
+    """What does not change from one tile, or one ring step, to the next. Static."""
+
+    mask: masks.Mask
+    scale: float
+    tile: tuple[int, int]  # lengths of a block of queries and of a block of keys
+
+
+# Seen to be fastest on CPU at 8 heads of 64 among 32..512 x 256..1024 (benchmarks/attention.py --tiles).
+LARGEST_TILE = (128, 512)
+INSIDE = "_inside"
+
+
+def plan(mask: masks.Mask, scale: float, length: int, keys: int) -> Problem:
+    """The problem with its tile; where the tile does not divide a length, the mask hides the padding."""
+    tile = _tile(length, LARGEST_TILE[0]), _tile(keys, LARGEST_TILE[1])
+    if length % tile[0] or keys % tile[1]:
+        mask = mask & masks.query(INSIDE, 1, 1) & masks.key(INSIDE, 1, 1)
+    return Problem(mask, scale, tile)
+
+
+def queries(problem: Problem, x_BTHD: jax.Array, kv_heads: int) -> jax.Array:
+    """(B, T, H, ...) to heads-major (B, K, G, padded T, ...)."""
+    batch, length, heads = x_BTHD.shape[:3]
+    x = jnp.moveaxis(x_BTHD.reshape(batch, length, kv_heads, heads // kv_heads, *x_BTHD.shape[3:]), 1, 3)
+    return _pad(x, problem.tile[0], axis=3)
+
+
+def keys_or_values(problem: Problem, x_BSKD: jax.Array) -> jax.Array:
+    """(B, S, K, D) to heads-major (B, K, padded S, D)."""
+    return _pad(x_BSKD.swapaxes(1, 2), problem.tile[1], axis=2)
+
+
+def fields(problem: Problem, tokens: Mapping, side: int) -> dict[str, jax.Array]:
+    """The (B, T) fields that the mask reads, padded to the tile; side 0 are the queries, 1 the keys."""
+    position, tile = tokens["position"], problem.tile[side]
+    needed = (problem.mask.query_fields, problem.mask.key_fields)[side] - {INSIDE}
+    padded = {name: _pad(tokens[name], tile, axis=1, mode="edge") for name in needed | {"position"}}
+    return {**padded, INSIDE: _pad(jnp.ones_like(position), tile, axis=1)}
+
+
+def natural(x_BKGTD: jax.Array, length: int) -> jax.Array:
+    """Heads-major back to (B, length, H, ...), padding dropped."""
+    x = jnp.moveaxis(x_BKGTD[:, :, :, :length], 3, 1)
+    return x.reshape(*x.shape[:2], -1, *x.shape[4:])
+
+
+def _tile(length: int, largest: int) -> int:
+    """Equal blocks, none longer than `largest`; the padding that is left is less than 8 entries a block."""
+    blocks = -(-length // largest)
+    return length if blocks == 1 else -(-length // (8 * blocks)) * 8
+
+
+def _pad(x: jax.Array, multiple: int, axis: int, mode: str = "constant") -> jax.Array:
+    missing = -x.shape[axis] % multiple
+    return jnp.pad(x, [(0, missing if i == axis else 0) for i in range(x.ndim)], mode=mode) if missing else x
+
+
+class Live(NamedTuple):
+    """For every block on one side, the blocks on the other side that have work, compacted."""
+
+    order: jax.Array  # (B, n, m) indices of the other side: the ALL blocks, then the MIXED ones, then the rest
+    full: jax.Array  # (B, n) how many are ALL
+    live: jax.Array  # (B, n) how many are ALL or MIXED
+
+
+def live_blocks(problem: Problem, query_fields: Mapping, key_fields: Mapping) -> tuple[Live, Live]:
+    """(for each query block its key blocks, for each key block its query blocks). Fields are (B, T) and (B, S)."""
+
+    def summary(tokens, tile, axis):
+        blocks = {name: x.reshape(x.shape[0], -1, tile) for name, x in tokens.items()}
+        return {n: (jnp.expand_dims(x.min(2), axis), jnp.expand_dims(x.max(2), axis)) for n, x in blocks.items()}
+
+    def compact(verdict):
+        order = jnp.argsort(-verdict, axis=-1, stable=True).astype(jnp.int32)
+        return Live(order, (verdict == masks.ALL).sum(-1), (verdict != masks.NONE).sum(-1))
+
+    query, key = summary(query_fields, problem.tile[0], 2), summary(key_fields, problem.tile[1], 1)
+    shape = (*query["position"][0].shape[:2], key["position"][0].shape[2])
+    verdict = jnp.broadcast_to(problem.mask.verdict(query, key), shape)
+    return compact(verdict), compact(verdict.swapaxes(1, 2))
+
+
+def forward(problem: Problem, q, k, v, query_fields: Mapping, key_fields: Mapping, partial: Partial) -> Partial:
+    """Adds the keys k, v to `partial`. Lengths are multiples of the tile."""
+    (batch, heads, group, length, width), (q_tile, k_tile) = q.shape, problem.tile
+    blocks, _ = live_blocks(problem, query_fields, key_fields)
+
+    def query_block(row, partial: Partial) -> Partial:
+        b, start = row // (length // q_tile), row % (length // q_tile) * q_tile
+        q_KRD = _block(q, b, start, q_tile, axis=2).reshape(heads, group * q_tile, width)
+        query = _field_block(query_fields, b, start, q_tile, (q_tile, 1))
+
+        def key_block(index, carry: Partial, masked: bool) -> Partial:
+            k_start = blocks.order[b, start // q_tile, index] * k_tile
+            s_KRS = problem.scale * _product(q_KRD, _block(k, b, k_start, k_tile, axis=1), "krd,ksd->krs")
+            if masked:
+                key = _field_block(key_fields, b, k_start, k_tile, (1, k_tile))
+                visible = jnp.broadcast_to(problem.mask.tile(query, key), (q_tile, k_tile))
+                s = s_KRS.reshape(heads, group, q_tile, k_tile)
+                s_KRS = jnp.where(visible[None, None], s, -jnp.inf).reshape(s_KRS.shape)
+            maximum = jnp.maximum(carry.maximum, s_KRS.max(-1))
+            p_KRS = jnp.exp(s_KRS - maximum[..., None])
+            decay = jnp.exp(carry.maximum - maximum)
+            weighted = _product(p_KRS.astype(v.dtype), _block(v, b, k_start, k_tile, axis=1), "krs,ksv->krv")
+            return Partial(maximum, carry.total * decay + p_KRS.sum(-1), carry.weighted * decay[..., None] + weighted)
+
+        def rows(x):
+            return _block(x, b, start, q_tile, axis=2).reshape(heads, group * q_tile, *x.shape[4:])
+
+        def put(x, block):
+            block = block.reshape(1, heads, group, q_tile, *x.shape[4:])
+            return jax.lax.dynamic_update_slice(x, block, (b, 0, 0, start) + (0,) * (x.ndim - 4))
+
+        full, live = blocks.full[b, start // q_tile], blocks.live[b, start // q_tile]
+        carry = jax.tree.map(rows, partial)
+        carry = jax.lax.fori_loop(0, full, lambda i, c: key_block(i, c, masked=False), carry)
+        carry = jax.lax.fori_loop(full, live, lambda i, c: key_block(i, c, masked=True), carry)
+        return Partial(*map(put, partial, carry))
+
+    return jax.lax.fori_loop(0, batch * (length // q_tile), query_block, partial)
+
+
+def backward(problem: Problem, q, k, v, d_out, lse, delta, query_fields: Mapping, key_fields: Mapping):
+    """Gradients that the pairs (q, k) give: (dq, dk, dv) float32, shaped like q, k, v.
+
+    d_out is (B, K, G, T, V); lse and delta are (B, K, G, T). Lengths are multiples of the tile.
+    """
+    (batch, heads, group, length, width), (q_tile, k_tile) = q.shape, problem.tile
+    keys, rows = k.shape[2], group * q_tile
+    _, blocks = live_blocks(problem, query_fields, key_fields)
+    # A row that sees nothing has lse = -inf; its logits are all -inf, and exp(-inf - 0) = 0 is what is meant.
+    lse = jnp.where(jnp.isfinite(lse), lse, 0.0)
+
+    def key_block(row, carry):
+        dq_T, dk, dv = carry
+        b, start = row // (keys // k_tile), row % (keys // k_tile) * k_tile
+        k_KSD, v_KSV = _block(k, b, start, k_tile, axis=1), _block(v, b, start, k_tile, axis=1)
+        k_KDS = problem.scale * k_KSD.swapaxes(1, 2)
+        key = _field_block(key_fields, b, start, k_tile, (k_tile, 1))
+
+        def query_block(index, carry, masked: bool):
+            dq_T, dk_KSD, dv_KSV = carry
+            i = blocks.order[b, start // k_tile, index]
+
+            def tile(x):
+                return _block(x, b, i * q_tile, q_tile, axis=2).reshape(heads, rows, *x.shape[4:])
+
+            q_KRD, d_out_KRV, lse_K1R, delta_K1R = tile(q), tile(d_out), tile(lse)[:, None], tile(delta)[:, None]
+            s_KSR = problem.scale * _product(k_KSD, q_KRD, "ksd,krd->ksr")
+            if masked:
+                query = _field_block(query_fields, b, i * q_tile, q_tile, (1, q_tile))
+                visible = jnp.broadcast_to(problem.mask.tile(query, key), (k_tile, q_tile))
+                s = s_KSR.reshape(heads, k_tile, group, q_tile)
+                s_KSR = jnp.where(visible[None, :, None], s, -jnp.inf).reshape(s_KSR.shape)
+            p_KSR = jnp.exp(s_KSR - lse_K1R)
+            dp_KSR = _product(v_KSV, d_out_KRV, "ksv,krv->ksr")
+            ds_KSR = (p_KSR * (dp_KSR - delta_K1R)).astype(q.dtype)
+            dv_KSV += _product(p_KSR.astype(v.dtype), d_out_KRV, "ksr,krv->ksv")
+            dk_KSD += _product(ds_KSR, q_KRD, "ksr,krd->ksd")
+            at = (b, i, 0, 0, 0)
+            dq_block = jax.lax.dynamic_slice(dq_T, at, (1, 1, *dq_T.shape[2:]))
+            dq_block += _product(k_KDS, ds_KSR, "kds,ksr->kdr")[None, None]
+            return jax.lax.dynamic_update_slice(dq_T, dq_block, at), dk_KSD, dv_KSV
+
+        full, live = blocks.full[b, start // k_tile], blocks.live[b, start // k_tile]
+        zeros = jnp.zeros(k_KSD.shape, jnp.float32), jnp.zeros(v_KSV.shape, jnp.float32)
+        inner = jax.lax.fori_loop(0, full, lambda j, c: query_block(j, c, masked=False), (dq_T, *zeros))
+        dq_T, dk_KSD, dv_KSV = jax.lax.fori_loop(full, live, lambda j, c: query_block(j, c, masked=True), inner)
+        dk = jax.lax.dynamic_update_slice(dk, (problem.scale * dk_KSD)[None], (b, 0, start, 0))
+        return dq_T, dk, jax.lax.dynamic_update_slice(dv, dv_KSV[None], (b, 0, start, 0))
+
+    dq_T = jnp.zeros((batch, length // q_tile, heads, width, rows), jnp.float32)
+    zeros = jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
+    dq_T, dk, dv = jax.lax.fori_loop(0, batch * (keys // k_tile), key_block, (dq_T, *zeros))
+    dq = dq_T.reshape(batch, length // q_tile, heads, width, group, q_tile).transpose(0, 2, 4, 1, 5, 3)
+    return dq.reshape(q.shape), dk, dv
+
+
+def _product(a, b, subscripts: str):
+    return jnp.einsum(subscripts, a, b, preferred_element_type=jnp.float32)
+
+
+def _block(x, b, start, length: int, axis: int):
+    """x[b], cut to `length` entries from `start` on the given axis of the result."""
+    starts, sizes = [0] * x.ndim, list(x.shape)
+    starts[0], sizes[0], starts[axis + 1], sizes[axis + 1] = b, 1, start, length
+    return jax.lax.dynamic_slice(x, starts, sizes)[0]
+
+
+def _field_block(fields: Mapping, b, start, length: int, shape: tuple[int, int]):
+    return {name: _block(x, b, start, length, axis=0).reshape(shape) for name, x in fields.items()}
