@@ -64,13 +64,14 @@ class Layout:
         mask.check(tokens, tokens)
         query = _summaries(tokens.as_queries(), self.shards, tile[0])
         key = _summaries(tokens, self.shards, tile[1])
+        shape = (tokens.shape[0], query["position"][0].shape[-1], key["position"][0].shape[-1])
         counts = np.zeros((self.shards, self.shards, 3), np.int64)
         for device in range(self.shards):
             for step in range(self.shards):
                 q = {name: (low[:, device, :, None], high[:, device, :, None]) for name, (low, high) in query.items()}
                 born = (device - step) % self.shards
                 k = {name: (low[:, born, None, :], high[:, born, None, :]) for name, (low, high) in key.items()}
-                verdict = mask.verdict(q, k)
+                verdict = np.broadcast_to(mask.verdict(q, k), shape)
                 counts[step, device] = [(verdict == kind).sum() for kind in (NONE, MIXED, ALL)]
         return Work(counts)
 

@@ -1,0 +1,1 @@
+"""Analysis: pictures of losses, masks and layouts."""
