@@ -1,0 +1,1 @@
+"""Training: data, objectives, sharding, the step and the loop around it."""
