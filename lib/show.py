@@ -10,19 +10,24 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
+from time import perf_counter
 from typing import Annotated, Literal
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from rich import box
 from rich.columns import Columns
 from rich.console import Console, Group
 from rich.panel import Panel
+from rich.progress import track
 from rich.table import Table
 from rich.text import Text
 from tyro.conf import Positional, arg
 
 from striate.lib import masks
 from striate.lib.analysis import plots
+from striate.lib.attention import attention
 from striate.lib.errors import UserError
 from striate.lib.layouts import Contiguous, Layout, Striped, Work, ZigZag
 from striate.lib.tokens import Tokens
@@ -35,6 +40,8 @@ BALANCE = (
     "none, some, all: tiles by what is visible. Path: tiles of the busiest device, step by step around the ring, "
     "and their sum. Ideal: the same tiles shared out evenly. Gain: the contiguous path over this one."
 )
+TIMING = "Measured: seconds of the slowest device at each ring step, each alone, and their sum."
+WIDTH = 64  # of the head that is timed
 
 
 @dataclass(frozen=True)
@@ -95,6 +102,8 @@ class ShowLayout:
     """Tokens of a stripe; by default those of a tile."""
     tile: int = 512
     """Tokens of a tile, in each direction."""
+    time: int = 0
+    """Also time each device's share of each ring step on this machine, alone, the best of so many runs: minutes."""
     png: Annotated[Path | None, arg(metavar="FILE")] = None
     """Also draw the picture to this file."""
 
@@ -108,6 +117,8 @@ class ShowLayout:
         console.print(balance(layouts, work))
         owned = small_owners(layouts)
         console.print(ownership(owned))
+        if self.time:
+            console.print(timing(measure(mask, tokens, {name: layouts[name] for name in work}, self.time)))
         if self.png:
             console.print(f"wrote {plots.layouts(owned, work, self.png)}")
 
@@ -233,6 +244,52 @@ def balance(layouts: Mapping[str, Layout], work: Mapping[str, Work]) -> Table:
             f"{work['contiguous'].critical_path / max(path, 1):.2f}x",
             ", ".join(f"{count} x {tiles}" if count > 1 else str(tiles) for tiles, count in steps),
         )
+    return table
+
+
+def measure(mask: masks.Mask, tokens: Tokens, layouts: Mapping[str, Layout], runs: int) -> dict[str, np.ndarray]:
+    """Seconds[step, device] by layout: each device's share of each ring step, forward, alone on this machine.
+
+    A share is attention from the queries of one shard to the keys of another, in float32, one head of width WIDTH; the
+    best of some runs counts. One compiled program serves all shares, which skips what is hidden.
+    """
+    shards = layouts["contiguous"].shards
+    length = tokens.shape[1] // shards
+    arrays = jax.random.normal(jax.random.key(0), (3, 1, length, 1, WIDTH))
+
+    def share(query: Tokens, key: Tokens):
+        return attention(*arrays, mask=mask, q_tokens=query, k_tokens=key)
+
+    def part(tokens: Tokens, shard: int) -> Tokens:
+        return tokens.map(lambda x: jnp.asarray(x[:, shard * length : (shard + 1) * length]))
+
+    compiled = jax.jit(share).lower(part(tokens, 0), part(tokens, 0)).compile()
+
+    def run(query: Tokens, key: Tokens) -> float:
+        started = perf_counter()
+        compiled(query, key).block_until_ready()
+        return perf_counter() - started
+
+    stderr = Console(stderr=True)
+    seconds = {name: np.zeros((shards, shards)) for name in layouts}
+    for name, layout in layouts.items():
+        parts = [part(layout.permute(tokens), shard) for shard in range(shards)]
+        pairs = list(np.ndindex(shards, shards))
+        for step, device in track(pairs, f"timing {name}", console=stderr, disable=not stderr.is_terminal):
+            times = [run(parts[device], parts[(device - step) % shards]) for _ in range(runs)]
+            seconds[name][step, device] = min(times)
+    return seconds
+
+
+def timing(seconds: Mapping[str, np.ndarray]) -> Table:
+    """The measured critical path of every layout."""
+    table = Table("layout", box=box.SIMPLE, padding=(0, 1), caption=TIMING, caption_justify="left")
+    for column in ("path", "ideal", "gain"):
+        table.add_column(column, justify="right")
+    path = {name: times.max(axis=1).sum() for name, times in seconds.items()}
+    for name, times in seconds.items():
+        ideal = times.sum() / len(times)
+        table.add_row(name, f"{path[name]:.2f} s", f"{ideal:.2f} s", f"{path['contiguous'] / path[name]:.2f}x")
     return table
 
 

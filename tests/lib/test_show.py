@@ -153,6 +153,19 @@ def test_show_layout_takes_a_quarter_of_a_million_tokens(capsys, monkeypatch):
     assert "0123456701234567" in output and "77777777" in output
 
 
+def test_a_share_that_sees_nothing_takes_no_time():
+    layouts = {"contiguous": show.Contiguous(4)}
+    seconds = show.measure(masks.parse("causal()"), show.make_tokens(8192), layouts, runs=3)["contiguous"]
+    assert seconds.shape == (4, 4) and (seconds > 0).all()
+    assert 3 * seconds[1, 0] < seconds[1, 3] and 3 * seconds[3, 2] < seconds[3, 3]
+
+
+def test_the_measured_path_is_the_slowest_device_at_each_step():
+    seconds = {"contiguous": np.array([[1.0, 2.0], [0.0, 3.0]]), "zigzag": np.array([[1.5, 1.0], [1.0, 0.5]])}
+    table = rows(printed(show.timing(seconds)))
+    assert table == {"contiguous": ["5.00 s", "3.00 s", "1.00x"], "zigzag": ["2.50 s", "2.00 s", "2.00x"]}
+
+
 def test_show_mask_prints_all_of_it(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "120")
     words = ["show", "mask", "causal() & same('document')", "--documents", "20", "30", "14", "--layout", "striped"]
