@@ -16,12 +16,11 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console
 
 from striate.lib.errors import UserError
 from striate.lib.training.data import corpus
 from striate.lib.training.data.config import DataConfig
-from striate.lib.training.data.progress import track
+from striate.lib.training.data.progress import track, waiting
 
 # TFDS looks for a name in all of its packages in turn, and stops looking at the first whose imports are missing.
 _PACKAGES_WITH_TEXT = ("text", "question_answering", "summarization", "text_simplification", "translate")
@@ -72,7 +71,7 @@ def _from_tfds(name: str, data_dir: str):
         except (ValueError, AssertionError) as error:  # of an unknown name or config, and of an unknown version
             raise UserError(_unknown(name, error)) from error
         try:
-            with Console(stderr=True).status(f"Preparing {made.info.full_name} in {data_dir}"):
+            with waiting(f"TFDS downloads and prepares {made.info.full_name} in {data_dir}"):
                 _download_and_prepare(made)
         except Exception as error:  # whatever the set's own script, its download or its requirements raise
             why = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
