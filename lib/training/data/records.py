@@ -52,11 +52,11 @@ def _from_corpus(text: corpus.Corpus, data_dir: str):
         made = StriateText(config=TextConfig(name=text.digest, corpus=text), data_dir=data_dir)
         try:
             _download_and_prepare(made)
-        except OSError:
+        except OSError as error:
             # Another process may have finished the same set a moment earlier, under the same name.
             made = StriateText(config=TextConfig(name=text.digest, corpus=text), data_dir=data_dir)
             if not made.is_prepared():
-                raise
+                raise UserError(f"data.data_dir={data_dir!r} cannot hold the text ({error}): give another.") from error
         return made
 
 
@@ -64,11 +64,12 @@ def _from_tfds(name: str, data_dir: str):
     import tensorflow_datasets as tfds
 
     for package in _PACKAGES_WITH_TEXT:
-        importlib.import_module(f"tensorflow_datasets.{package}")
+        with contextlib.suppress(ImportError):
+            importlib.import_module(f"tensorflow_datasets.{package}")
     with _quiet():
         try:
             made = tfds.builder(name, data_dir=data_dir)
-        except (ValueError, AssertionError) as error:  # of an unknown name or config, and of an unknown version
+        except (ValueError, AssertionError, ImportError) as error:  # unknown names, versions, and namespaces
             raise UserError(_unknown(name, error)) from error
         try:
             with waiting(f"TFDS downloads and prepares {made.info.full_name} in {data_dir}"):

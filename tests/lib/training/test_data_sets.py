@@ -168,8 +168,8 @@ def test_a_disk_that_is_full_is_not_taken_for_another_process(tmp_path, monkeypa
 
     write(tmp_path / "text", a=b"a" * 60, b=b"b" * 61)
     monkeypatch.setattr(StriateText, "_generate_examples", full)
-    with pytest.raises(OSError, match="No space left"):
-        open_folder(tmp_path)
+    message = refused(tmp_path)
+    assert "No space left on device" in message and f"data.data_dir={str(tmp_path / 'prepared')!r}" in message
 
 
 # TFDS names
@@ -275,6 +275,7 @@ def refused(tmp_path, **fields):
         ({"name": "lmb1"}, ["'lmb1'", "nearest: lm1b", "TFDS", "path of a folder"]),
         ({"name": "wiki4b/en"}, ["nearest: wiki40b"]),
         ({"name": ""}, ["data.name=''"]),
+        ({"name": "huggingface:lm1b"}, ["data.name='huggingface:lm1b'"]),
         ({"name": "wiki40b/qq"}, ["TFDS has 'wiki40b', but not 'wiki40b/qq'"]),
         ({"name": "lm1b:7.7.7"}, ["TFDS has 'lm1b', but not 'lm1b:7.7.7'", "1.1.0"]),
     ],
