@@ -1,0 +1,252 @@
+"""The decoder: a language model whose layers each choose a mixer and a mask, in any token order, on any mesh."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from striate.lib import masks
+from striate.lib.attention import Parallel
+from striate.lib.decoding.cache import Cache, KeyValues
+from striate.lib.errors import UserError
+from striate.lib.tokens import PADDING, Tokens
+from striate.models.layers import Attention, NgramEmbedding, RMSNorm, SwiGLU
+
+# What the backward pass finds saved of a layer, besides its input; the rest it computes again.
+_SAVED = {"layer": (), "attention": ("attention_out", "attention_lse")}
+REMAT = ("none", *_SAVED)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One place of the pattern: which mixer, under which mask (text, as `striate show mask` prints it)."""
+
+    mixer: str = "attention"
+    mask: str = "causal() & same('document')"
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """A decoder-only transformer.
+
+    Raises:
+      UserError: sizes that do not divide, an unknown choice, or a mask that cannot be read.
+    """
+
+    vocabulary: int = 264
+    width: int = 256
+    layers: int = 4
+    heads: int = 4
+    kv_heads: int = 2
+    head_dim: int = 64
+    hidden: int = 768
+    """Width inside the feed-forward network."""
+    pattern: tuple[Layer, ...] = (Layer(),)
+    """Repeated down the stack."""
+    rope_theta: float = 10_000.0
+    ngram_orders: tuple[int, ...] = ()
+    """The n of the hashed n-grams embedded beside each token; empty for none."""
+    ngram_buckets: int = 16_384
+    ngram_width: int = 64
+    remat: str = "none"
+    """Computed again in the backward pass: "none", the whole "layer", or all but its "attention"."""
+    compute_dtype: str = "float32"
+    loss_chunk: int = 1024
+    """Tokens whose logits exist at the same time, on each device."""
+    implementation: str | None = None
+    """Of attention: "reference", "xla", ...; None for the best on the device."""
+
+    def __post_init__(self):
+        for name in ("vocabulary", "width", "layers", "heads", "kv_heads", "head_dim", "hidden", "loss_chunk"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}; it has to be at least 1.")
+        _divides("heads", self.heads, "kv_heads", self.kv_heads)
+        _divides("head_dim", self.head_dim, "the halves that rotary positions turn,", 2)
+        if not self.pattern:
+            raise UserError("pattern is empty; it needs at least one Layer().")
+        _divides("layers", self.layers, "the length of the pattern,", len(self.pattern))
+        for layer in self.pattern:
+            _choice("mixer", layer.mixer, MIXERS)
+            masks.parse(layer.mask)
+        _choice("remat", self.remat, REMAT)
+        _choice("compute_dtype", self.compute_dtype, ("float32", "bfloat16"))
+        if any(n < 1 for n in self.ngram_orders):
+            raise UserError(f"ngram_orders is {self.ngram_orders}; each has to be at least 1.")
+        if self.ngram_orders and min(self.ngram_buckets, self.ngram_width) < 1:
+            raise UserError(
+                f"ngram_buckets is {self.ngram_buckets} and ngram_width {self.ngram_width}; "
+                f"both have to be at least 1, or ngram_orders empty."
+            )
+
+    @property
+    def repeats(self) -> int:
+        """How often the pattern is repeated."""
+        return self.layers // len(self.pattern)
+
+    @property
+    def out_deviation(self) -> float:
+        """Of the projections back into the residual stream: 1 / sqrt(2 layers) smaller (Radford et al. 2019)."""
+        return self.width**-0.5 * (2 * self.layers) ** -0.5
+
+
+def _divides(name: str, value: int, divisor_name: str, divisor: int) -> None:
+    if value % divisor:
+        down, up = value - value % divisor, value - value % divisor + divisor
+        raise UserError(
+            f"{name} is {value}, which is no multiple of {divisor_name} {divisor}: "
+            f"use {f'{down} or ' if down else ''}{up}."
+        )
+
+
+def _choice(name: str, value: str, known) -> None:
+    if value not in known:
+        raise UserError(f"{name} is {value!r}; there are {', '.join(map(repr, known))}.")
+
+
+def _attention(config: DecoderConfig, layer: Layer, parallel: Parallel | None, name: str) -> Attention:
+    return Attention(
+        name=name,
+        heads=config.heads,
+        kv_heads=config.kv_heads,
+        head_dim=config.head_dim,
+        mask=masks.parse(layer.mask),
+        rope_theta=config.rope_theta,
+        out_deviation=config.out_deviation,
+        dtype=config.compute_dtype,
+        implementation=config.implementation,
+        parallel=parallel,
+    )
+
+
+MIXERS = {"attention": _attention}
+"""name -> (config, layer, parallel, name) -> module with __call__(x, tokens, k_tokens, past) -> (output, what to cache)."""
+
+
+class Block(nn.Module):
+    """One layer: a mixer and a feed-forward network, each on a normalised copy of the residual stream."""
+
+    config: DecoderConfig
+    layer: Layer
+    parallel: Parallel | None = None
+
+    @nn.compact
+    def __call__(self, x_BTE: jax.Array, tokens: Tokens, k_tokens: Tokens, past: KeyValues | None):
+        config, axes = self.config, ("batch", "length", "embed")
+        mixer = MIXERS[self.layer.mixer](config, self.layer, self.parallel, name=self.layer.mixer)
+        mixed_BTE, new = mixer(RMSNorm(name="mixer_norm")(x_BTE), tokens, k_tokens, past)
+        x_BTE = nn.with_logical_constraint(x_BTE + mixed_BTE, axes)
+        feed_forward = SwiGLU(config.hidden, config.out_deviation, config.compute_dtype, name="feed_forward")
+        x_BTE += feed_forward(RMSNorm(name="feed_forward_norm")(x_BTE))
+        return nn.with_logical_constraint(x_BTE, axes), new
+
+
+class Pattern(nn.Module):
+    """The pattern once: the body of the scan over its repeats."""
+
+    config: DecoderConfig
+    parallel: Parallel | None = None
+
+    @nn.compact
+    def __call__(self, x_BTE: jax.Array, tokens: Tokens, k_tokens: Tokens, past: tuple[KeyValues, ...] | None):
+        block, remat, new = Block, self.config.remat, []
+        if remat != "none":
+            policy = jax.checkpoint_policies.save_only_these_names(*_SAVED[remat])
+            block = nn.remat(Block, prevent_cse=False, policy=policy)
+        for place, layer in enumerate(self.config.pattern):
+            module = block(self.config, layer, self.parallel, name=f"layer_{place}")
+            x_BTE, keys_values = module(x_BTE, tokens, k_tokens, past and past[place])
+            new.append(keys_values)
+        return x_BTE, past and tuple(new)
+
+
+class Decoder(nn.Module):
+    """Token ids to hidden states; `logits` turns those into scores of the next token.
+
+    The parameter "embedding" (vocabulary, width) is both the input table and, transposed, the output projection.
+    """
+
+    config: DecoderConfig
+    parallel: Parallel | None = None
+
+    def setup(self):
+        config = self.config
+        initialise = nn.with_logical_partitioning(nn.initializers.normal(config.width**-0.5), ("vocabulary", "embed"))
+        self.embedding = self.param("embedding", initialise, (config.vocabulary, config.width), jnp.float32)
+        if config.ngram_orders:
+            self.ngrams = NgramEmbedding(config.ngram_buckets, config.ngram_width, config.width, config.compute_dtype)
+        self.layers = nn.scan(
+            Pattern,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(nn.broadcast, nn.broadcast, 0),
+            length=config.repeats,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )(config, self.parallel)
+        self.final_norm = RMSNorm()
+
+    def __call__(self, inputs_BT: jax.Array, tokens: Tokens, ngrams_BTO=None, cache: Cache | None = None):
+        """Runs the stack on tokens in any order.
+
+        Args:
+          inputs_BT: token ids, int32 (batch, length).
+          tokens: their Tokens.
+          ngrams_BTO: ids of `lib.ngrams.ngram_ids`, one per order of the config; needed when there are orders.
+          cache: what came before, with room for these tokens.
+
+        Returns:
+          The hidden states (batch, length, width), normalised; with a cache, (hidden states, the cache after).
+
+        Raises:
+          UserError: shapes or dtypes that do not fit, or a mask that reads a field the Tokens do not have.
+        """
+        self._check(inputs_BT, tokens, ngrams_BTO)
+        x_BTE = self._embed(inputs_BT, ngrams_BTO)
+        k_tokens, past = tokens, None
+        if cache is not None:
+            k_tokens = jax.tree.map(lambda old, new: jnp.concatenate([old, new], axis=1), cache.tokens, tokens)
+            past = cache.layers
+        x_BTE, new = self.layers(x_BTE, tokens, k_tokens, past)
+        hidden_BTE = self.final_norm(x_BTE)
+        return hidden_BTE if cache is None else (hidden_BTE, cache.append(new, tokens))
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """Scores of the next token, float32 (..., vocabulary)."""
+        embedding = self.embedding.astype(hidden.dtype)
+        return jnp.einsum("...e,ve->...v", hidden, embedding, preferred_element_type=jnp.float32)
+
+    def _embed(self, inputs_BT, ngrams_BTO):
+        # Rows of the embedding have length 1; the residual stream starts with entries of size 1.
+        config = self.config
+        x_BTE = self.embedding.astype(config.compute_dtype)[inputs_BT] * config.width**0.5
+        if config.ngram_orders:
+            x_BTE = (x_BTE + self.ngrams(ngrams_BTO)) * 2**-0.5
+        return nn.with_logical_constraint(x_BTE, ("batch", "length", "embed"))
+
+    def _check(self, inputs_BT, tokens, ngrams_BTO):
+        if inputs_BT.ndim != 2 or not jnp.issubdtype(inputs_BT.dtype, jnp.integer):
+            raise UserError(
+                f"The decoder got inputs of shape {inputs_BT.shape} and dtype {inputs_BT.dtype}; "
+                f"it needs token ids, int32 (batch, length)."
+            )
+        if tokens.shape != inputs_BT.shape:
+            raise UserError(f"The Tokens have shape {tokens.shape}, the inputs {inputs_BT.shape}; they have to agree.")
+        orders = self.config.ngram_orders
+        if orders and (ngrams_BTO is None or ngrams_BTO.shape != (*inputs_BT.shape, len(orders))):
+            raise UserError(
+                f"The decoder embeds n-grams of orders {orders} and got n-gram ids of shape "
+                f"{None if ngrams_BTO is None else ngrams_BTO.shape}; it needs {(*inputs_BT.shape, len(orders))}: "
+                f"set the data's ngram_orders to the model's."
+            )
+
+
+def empty_cache(config: DecoderConfig, batch: int, slots: int) -> Cache:
+    """A Cache of `slots` empty slots for a Decoder of this config."""
+    shape = (config.repeats, batch, slots, config.kv_heads, config.head_dim)
+    zeros = functools.partial(jnp.zeros, shape, config.compute_dtype)
+    position = jnp.zeros((batch, slots), jnp.int32)
+    tokens = Tokens(position=position, document=position + PADDING)
+    return Cache(tuple(KeyValues(zeros(), zeros()) for _ in config.pattern), tokens, jnp.int32(0))

@@ -1,0 +1,134 @@
+"""Layers: thin Linen shells that own the parameters; what they compute are the pure functions of the library.
+
+Parameters are float32 masters with logical axis names; `dtype` is the dtype of the products. Norms are float32.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from striate.lib import masks
+from striate.lib.attention import Parallel, attention
+from striate.lib.decoding.cache import KeyValues
+from striate.lib.masks import Mask
+from striate.lib.positions import rope
+from striate.lib.tokens import Tokens
+
+
+def rms_norm(x: jax.Array, gain: jax.Array, epsilon: float = 1e-6) -> jax.Array:
+    """x / rms(x) * gain over the last axis, computed in float32, in the dtype of `x` (Zhang and Sennrich 2019)."""
+    wide = x.astype(jnp.float32)
+    scale = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + epsilon)
+    return (wide * scale * jnp.broadcast_to(gain, x.shape)).astype(x.dtype)
+
+
+def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
+    """silu(gate) * up (Shazeer 2020)."""
+    return nn.silu(gate) * up
+
+
+def weight(module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str | None, ...], deviation: float):
+    """A float32 parameter, drawn normal, ready to be used.
+
+    The axis "embed" cuts a parameter at rest only: it is gathered here, so that activations need not move.
+    """
+    initialise = nn.with_logical_partitioning(nn.initializers.normal(deviation), axes)
+    value = module.param(name, initialise, shape, jnp.float32)
+    return nn.with_logical_constraint(value, tuple(None if axis == "embed" else axis for axis in axes))
+
+
+class RMSNorm(nn.Module):
+    """`rms_norm` with a learned gain, which is whole on every device."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        initialise = nn.with_logical_partitioning(nn.initializers.ones, (None,))
+        return rms_norm(x, self.param("gain", initialise, (x.shape[-1],), jnp.float32))
+
+
+class Attention(nn.Module):
+    """Softmax attention with grouped queries, rotary positions and normalised queries and keys.
+
+    One product makes queries, keys and values: its output axis is (kv_heads, group + 2), the `group` queries of a
+    key/value head beside its key and its value, so that it is cut over key/value heads as a whole.
+    """
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    mask: Mask
+    rope_theta: float
+    out_deviation: float
+    dtype: str
+    implementation: str | None = None
+    parallel: Parallel | None = None
+
+    @nn.compact
+    def __call__(self, x_BTE: jax.Array, tokens: Tokens, k_tokens: Tokens, past: KeyValues | None = None):
+        """Attends to `past` (B, S, K, D), when given, and to the tokens themselves.
+
+        Args:
+          x_BTE: activations (batch, length, width).
+          tokens: Tokens of `x_BTE`, in any order.
+          k_tokens: Tokens of the keys: of the past followed by `tokens`.
+          past: keys and values of earlier tokens; padding among them is hidden whatever the mask.
+
+        Returns:
+          (output (batch, length, width), the keys and values of `tokens`).
+        """
+        (batch, length, width), group = x_BTE.shape, self.heads // self.kv_heads
+        shape = (width, self.kv_heads, group + 2, self.head_dim)
+        qkv = weight(self, "qkv", shape, ("embed", "kv_heads", None, "head_dim"), width**-0.5)
+        qkv_BTKGD = jnp.einsum("bte,ekgd->btkgd", x_BTE, qkv.astype(self.dtype))
+        q_BTHD = qkv_BTKGD[:, :, :, :group].reshape(batch, length, self.heads, self.head_dim)
+        k_BTKD, v_BTKD = qkv_BTKGD[:, :, :, group], qkv_BTKGD[:, :, :, group + 1]
+        q_BTHD = rope(RMSNorm(name="q_norm")(q_BTHD), tokens.position, self.rope_theta)
+        k_BTKD = rope(RMSNorm(name="k_norm")(k_BTKD), tokens.position, self.rope_theta)
+        new, mask = KeyValues(k_BTKD, v_BTKD), self.mask
+        if past is not None:
+            k_BTKD, v_BTKD = (jnp.concatenate([old, x], axis=1) for old, x in zip(past, new, strict=True))
+            mask = mask & masks.key("document", low=0)
+        how = {"implementation": self.implementation, "parallel": self.parallel}
+        out_BTHD = attention(q_BTHD, k_BTKD, v_BTKD, mask=mask, q_tokens=tokens, k_tokens=k_tokens, **how)
+        shape = (self.heads, self.head_dim, width)
+        out = weight(self, "out", shape, ("heads", "head_dim", "embed"), self.out_deviation)
+        return jnp.einsum("bthd,hde->bte", out_BTHD, out.astype(self.dtype)), new
+
+
+class SwiGLU(nn.Module):
+    """The gated feed-forward network, gate and up projections in one product."""
+
+    hidden: int
+    out_deviation: float
+    dtype: str
+
+    @nn.compact
+    def __call__(self, x_BTE: jax.Array) -> jax.Array:
+        width = x_BTE.shape[-1]
+        gate_up = weight(self, "gate_up", (width, 2, self.hidden), ("embed", None, "mlp"), width**-0.5)
+        gate_up_BT2F = jnp.einsum("bte,enf->btnf", x_BTE, gate_up.astype(self.dtype))
+        hidden_BTF = swiglu(gate_up_BT2F[:, :, 0], gate_up_BT2F[:, :, 1])
+        hidden_BTF = nn.with_logical_constraint(hidden_BTF, ("batch", "length", "mlp"))
+        down = weight(self, "down", (self.hidden, width), ("mlp", "embed"), self.out_deviation)
+        return jnp.einsum("btf,fe->bte", hidden_BTF, down.astype(self.dtype))
+
+
+class NgramEmbedding(nn.Module):
+    """Hashed n-gram embeddings (Pagnoni et al. 2024, section 3.2.1): a table per order, side by side, projected."""
+
+    buckets: int
+    table_width: int
+    width: int
+    dtype: str
+
+    @nn.compact
+    def __call__(self, ids_BTO: jax.Array) -> jax.Array:
+        orders = ids_BTO.shape[-1]
+        table = weight(self, "table", (orders * self.buckets, self.table_width), ("ngram", "embed"), 1.0)
+        rows_BTO = ids_BTO + self.buckets * jnp.arange(orders, dtype=ids_BTO.dtype)[None, None]
+        found_BTF = table.astype(self.dtype)[rows_BTO].reshape(*ids_BTO.shape[:2], orders * self.table_width)
+        shape = (orders * self.table_width, self.width)
+        projection = weight(self, "projection", shape, (None, "embed"), shape[0] ** -0.5)
+        return found_BTF @ projection.astype(self.dtype)
