@@ -117,8 +117,10 @@ class Local:
         q, d_out, lse, delta = (blockwise.queries(problem, x, kv_heads) for x in (q_BTHD, d_out, lse, delta))
         k, v = (blockwise.keys_or_values(problem, x) for x in (k_BSKD, v_BSKV))
         sides = blockwise.fields(problem, q_tokens, 0), blockwise.fields(problem, k_tokens, 1)
-        dq, dk, dv = blockwise.backward(problem, q, k, v, d_out, lse, delta, *sides)
-        return blockwise.natural(dq, length), dk[:, :, :keys].swapaxes(1, 2), dv[:, :, :keys].swapaxes(1, 2)
+        empty = blockwise.empty_dq(problem, q)
+        dq_T, dk, dv = blockwise.backward(problem, q, k, v, d_out, lse, delta, *sides, empty)
+        dq = blockwise.natural(blockwise.finish_dq(problem, dq_T, q), length)
+        return dq, dk[:, :, :keys].swapaxes(1, 2), dv[:, :, :keys].swapaxes(1, 2)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))

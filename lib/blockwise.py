@@ -61,14 +61,19 @@ class Problem(NamedTuple):
     tile: tuple[int, int]  # lengths of a block of queries and of a block of keys
 
 
-# Seen to be fastest on CPU at 8 heads of 64 among 32..512 x 256..1024 (benchmarks/attention.py --tiles).
-LARGEST_TILE = (128, 512)
+# On CPU products reach their rate from 128 x 128 on, and long sequences gain a little more from wide blocks of keys;
+# short ones (the shards of a ring) gain more from having blocks to skip (benchmarks/attention.py tiles).
+SMALLEST_TILE = 128
+LARGEST_KEY_TILE = 512
+BLOCKS = 16
+
+
 INSIDE = "_inside"
 
 
 def plan(mask: masks.Mask, scale: float, length: int, keys: int) -> Problem:
     """The problem with its tile; where the tile does not divide a length, the mask hides the padding."""
-    tile = _tile(length, LARGEST_TILE[0]), _tile(keys, LARGEST_TILE[1])
+    tile = _tile(length, SMALLEST_TILE), _tile(keys, min(max(keys // BLOCKS, SMALLEST_TILE), LARGEST_KEY_TILE))
     if length % tile[0] or keys % tile[1]:
         mask = mask & masks.query(INSIDE, 1, 1) & masks.key(INSIDE, 1, 1)
     return Problem(mask, scale, tile)
@@ -117,6 +122,8 @@ class Live(NamedTuple):
     order: jax.Array  # (B, n, m) indices of the other side: the ALL blocks, then the MIXED ones, then the rest
     full: jax.Array  # (B, n) how many are ALL
     live: jax.Array  # (B, n) how many are ALL or MIXED
+    rows: jax.Array  # (B n) indices of (B, n), flattened: those that have work, then the rest
+    working: jax.Array  # () how many have work
 
 
 def live_blocks(problem: Problem, query_fields: Mapping, key_fields: Mapping) -> tuple[Live, Live]:
@@ -128,7 +135,9 @@ def live_blocks(problem: Problem, query_fields: Mapping, key_fields: Mapping) ->
 
     def compact(verdict):
         order = jnp.argsort(-verdict, axis=-1, stable=True).astype(jnp.int32)
-        return Live(order, (verdict == masks.ALL).sum(-1), (verdict != masks.NONE).sum(-1))
+        full, live = (verdict == masks.ALL).sum(-1), (verdict != masks.NONE).sum(-1)
+        idle = (live == 0).reshape(-1)
+        return Live(order, full, live, jnp.argsort(idle, stable=True).astype(jnp.int32), (~idle).sum())
 
     query, key = summary(query_fields, problem.tile[0], 2), summary(key_fields, problem.tile[1], 1)
     shape = (*query["position"][0].shape[:2], key["position"][0].shape[2])
@@ -138,22 +147,20 @@ def live_blocks(problem: Problem, query_fields: Mapping, key_fields: Mapping) ->
 
 def forward(problem: Problem, q, k, v, query_fields: Mapping, key_fields: Mapping, partial: Partial) -> Partial:
     """Adds the keys k, v to `partial`. Lengths are multiples of the tile."""
-    (batch, heads, group, length, width), (q_tile, k_tile) = q.shape, problem.tile
+    (_, heads, group, length, width), (q_tile, k_tile) = q.shape, problem.tile
     blocks, _ = live_blocks(problem, query_fields, key_fields)
 
-    def query_block(row, partial: Partial) -> Partial:
-        b, start = row // (length // q_tile), row % (length // q_tile) * q_tile
+    def query_block(index, partial: Partial) -> Partial:
+        b, start = blocks.rows[index] // (length // q_tile), blocks.rows[index] % (length // q_tile) * q_tile
         q_KRD = _block(q, b, start, q_tile, axis=2).reshape(heads, group * q_tile, width)
-        query = _field_block(query_fields, b, start, q_tile, (q_tile, 1))
+        query = _row_fields(query_fields, b, start, q_tile, group)
 
         def key_block(index, carry: Partial, masked: bool) -> Partial:
             k_start = blocks.order[b, start // q_tile, index] * k_tile
             s_KRS = problem.scale * _product(q_KRD, _block(k, b, k_start, k_tile, axis=1), "krd,ksd->krs")
             if masked:
-                key = _field_block(key_fields, b, k_start, k_tile, (1, k_tile))
-                visible = jnp.broadcast_to(problem.mask.tile(query, key), (q_tile, k_tile))
-                s = s_KRS.reshape(heads, group, q_tile, k_tile)
-                s_KRS = jnp.where(visible[None, None], s, -jnp.inf).reshape(s_KRS.shape)
+                key = _row_fields(key_fields, b, k_start, k_tile)
+                s_KRS = jnp.where(_visible(problem.mask, query, key, rows_first=True)[None], s_KRS, -jnp.inf)
             maximum = jnp.maximum(carry.maximum, s_KRS.max(-1))
             p_KRS = jnp.exp(s_KRS - maximum[..., None])
             decay = jnp.exp(carry.maximum - maximum)
@@ -173,26 +180,39 @@ def forward(problem: Problem, q, k, v, query_fields: Mapping, key_fields: Mappin
         carry = jax.lax.fori_loop(full, live, lambda i, c: key_block(i, c, masked=True), carry)
         return Partial(*map(put, partial, carry))
 
-    return jax.lax.fori_loop(0, batch * (length // q_tile), query_block, partial)
+    return jax.lax.fori_loop(0, blocks.working, query_block, partial)
 
 
-def backward(problem: Problem, q, k, v, d_out, lse, delta, query_fields: Mapping, key_fields: Mapping):
-    """Gradients that the pairs (q, k) give: (dq, dk, dv) float32, shaped like q, k, v.
+def empty_dq(problem: Problem, q: jax.Array) -> jax.Array:
+    """The gradient of the queries to add to, float32, transposed within each block: (B, blocks, K, D, G q_tile)."""
+    (batch, heads, group, length, width), q_tile = q.shape, problem.tile[0]
+    return jnp.zeros((batch, length // q_tile, heads, width, group * q_tile), jnp.float32)
+
+
+def finish_dq(problem: Problem, dq_T: jax.Array, q: jax.Array) -> jax.Array:
+    """The gradient of the queries, heads-major like q."""
+    (batch, heads, group, length, width), q_tile = q.shape, problem.tile[0]
+    dq = dq_T.reshape(batch, length // q_tile, heads, width, group, q_tile).transpose(0, 2, 4, 1, 5, 3)
+    return dq.reshape(q.shape)
+
+
+def backward(problem: Problem, q, k, v, d_out, lse, delta, query_fields: Mapping, key_fields: Mapping, dq_T):
+    """(dq_T plus what the pairs (q, k) give, dk, dv): float32, dk and dv shaped like k and v.
 
     d_out is (B, K, G, T, V); lse and delta are (B, K, G, T). Lengths are multiples of the tile.
     """
-    (batch, heads, group, length, width), (q_tile, k_tile) = q.shape, problem.tile
+    (_, heads, group, *_), (q_tile, k_tile) = q.shape, problem.tile
     keys, rows = k.shape[2], group * q_tile
     _, blocks = live_blocks(problem, query_fields, key_fields)
     # A row that sees nothing has lse = -inf; its logits are all -inf, and exp(-inf - 0) = 0 is what is meant.
     lse = jnp.where(jnp.isfinite(lse), lse, 0.0)
 
-    def key_block(row, carry):
+    def key_block(index, carry):
         dq_T, dk, dv = carry
-        b, start = row // (keys // k_tile), row % (keys // k_tile) * k_tile
+        b, start = blocks.rows[index] // (keys // k_tile), blocks.rows[index] % (keys // k_tile) * k_tile
         k_KSD, v_KSV = _block(k, b, start, k_tile, axis=1), _block(v, b, start, k_tile, axis=1)
         k_KDS = problem.scale * k_KSD.swapaxes(1, 2)
-        key = _field_block(key_fields, b, start, k_tile, (k_tile, 1))
+        key = _row_fields(key_fields, b, start, k_tile)
 
         def query_block(index, carry, masked: bool):
             dq_T, dk_KSD, dv_KSV = carry
@@ -201,16 +221,15 @@ def backward(problem: Problem, q, k, v, d_out, lse, delta, query_fields: Mapping
             def tile(x):
                 return _block(x, b, i * q_tile, q_tile, axis=2).reshape(heads, rows, *x.shape[4:])
 
-            q_KRD, d_out_KRV, lse_K1R, delta_K1R = tile(q), tile(d_out), tile(lse)[:, None], tile(delta)[:, None]
+            q_KRD, d_out_KRV = tile(q), tile(d_out)
+            lse_KR, delta_KR = _materialise((tile(lse), tile(delta)))
             s_KSR = problem.scale * _product(k_KSD, q_KRD, "ksd,krd->ksr")
             if masked:
-                query = _field_block(query_fields, b, i * q_tile, q_tile, (1, q_tile))
-                visible = jnp.broadcast_to(problem.mask.tile(query, key), (k_tile, q_tile))
-                s = s_KSR.reshape(heads, k_tile, group, q_tile)
-                s_KSR = jnp.where(visible[None, :, None], s, -jnp.inf).reshape(s_KSR.shape)
-            p_KSR = jnp.exp(s_KSR - lse_K1R)
+                query = _row_fields(query_fields, b, i * q_tile, q_tile, group)
+                s_KSR = jnp.where(_visible(problem.mask, query, key, rows_first=False)[None], s_KSR, -jnp.inf)
+            p_KSR = jnp.exp(s_KSR - lse_KR[:, None])
             dp_KSR = _product(v_KSV, d_out_KRV, "ksv,krv->ksr")
-            ds_KSR = (p_KSR * (dp_KSR - delta_K1R)).astype(q.dtype)
+            ds_KSR = (p_KSR * (dp_KSR - delta_KR[:, None])).astype(q.dtype)
             dv_KSV += _product(p_KSR.astype(v.dtype), d_out_KRV, "ksr,krv->ksv")
             dk_KSD += _product(ds_KSR, q_KRD, "ksr,krd->ksd")
             at = (b, i, 0, 0, 0)
@@ -225,11 +244,8 @@ def backward(problem: Problem, q, k, v, d_out, lse, delta, query_fields: Mapping
         dk = jax.lax.dynamic_update_slice(dk, (problem.scale * dk_KSD)[None], (b, 0, start, 0))
         return dq_T, dk, jax.lax.dynamic_update_slice(dv, dv_KSV[None], (b, 0, start, 0))
 
-    dq_T = jnp.zeros((batch, length // q_tile, heads, width, rows), jnp.float32)
     zeros = jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
-    dq_T, dk, dv = jax.lax.fori_loop(0, batch * (keys // k_tile), key_block, (dq_T, *zeros))
-    dq = dq_T.reshape(batch, length // q_tile, heads, width, group, q_tile).transpose(0, 2, 4, 1, 5, 3)
-    return dq.reshape(q.shape), dk, dv
+    return jax.lax.fori_loop(0, blocks.working, key_block, (dq_T, *zeros))
 
 
 def _product(a, b, subscripts: str):
@@ -243,5 +259,23 @@ def _block(x, b, start, length: int, axis: int):
     return jax.lax.dynamic_slice(x, starts, sizes)[0]
 
 
-def _field_block(fields: Mapping, b, start, length: int, shape: tuple[int, int]):
-    return {name: _block(x, b, start, length, axis=0).reshape(shape) for name, x in fields.items()}
+def _row_fields(fields: Mapping, b, start, length: int, group: int = 1) -> dict[str, jax.Array]:
+    """The fields of one block, once for each of the `group` heads that are rows of one product: (group length,)."""
+    return {name: jnp.tile(_block(x, b, start, length, axis=0), group) for name, x in fields.items()}
+
+
+def _visible(mask: masks.Mask, query: Mapping, key: Mapping, rows_first: bool) -> jax.Array:
+    """The booleans of one tile, (rows, keys) or (keys, rows)."""
+    query, key = _materialise((query, key))
+    rows, columns = (query, key) if rows_first else (key, query)
+    columns = {name: x[None] for name, x in columns.items()}
+    rows = {name: x[:, None] for name, x in rows.items()}
+    shape = (len(rows["position"]), columns["position"].shape[1])
+    visible = mask.tile(rows, columns) if rows_first else mask.tile(columns, rows)
+    return _materialise(jnp.broadcast_to(visible, shape))
+
+
+def _materialise(tree):
+    # Small arrays that every element of a tile reads. XLA would fuse how they are cut out of larger ones into the
+    # loop over the tile, and compute that for each of its elements.
+    return jax.lax.optimization_barrier(tree)

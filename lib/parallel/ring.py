@@ -57,28 +57,31 @@ class Ring(SequenceParallel):
         query_fields = blockwise.fields(problem, query_fields, 0)
         block = self._key_block(problem, k, v, key_fields)
 
-        def gradients(block):
+        def gradients(block, dq_T):
             k, v, key_fields = block
-            dq, dk, dv = blockwise.backward(problem, q, k, v, *rows, query_fields, key_fields)
-            return dq, (dk, dv)
+            dq_T, dk, dv = blockwise.backward(problem, q, k, v, *rows, query_fields, key_fields, dq_T)
+            return dq_T, (dk, dv)
 
         def step(_, carry):
-            block, dq, accumulator = carry
+            block, accumulator, dq_T = carry
             arriving, moved = self._hop((block, accumulator))
-            dq_share, share = gradients(block)
-            return arriving, dq + dq_share, jax.tree.map(jnp.add, moved, share)
+            dq_T, share = gradients(block, dq_T)
+            return arriving, jax.tree.map(jnp.add, moved, share), dq_T
 
+        dq_T = blockwise.empty_dq(problem, q)
         if self.shards == 1:
-            dq, accumulator = gradients(block)
+            dq_T, accumulator = gradients(block, dq_T)
         else:
             arriving = self._hop(block)
-            dq, accumulator = gradients(block)
-            block, dq, accumulator = jax.lax.fori_loop(1, self.shards - 1, step, (arriving, dq, accumulator))
+            dq_T, accumulator = gradients(block, dq_T)
+            carry = jax.lax.fori_loop(1, self.shards - 1, step, (arriving, accumulator, dq_T))
+            block, accumulator, dq_T = carry
             moved = self._hop(accumulator)
-            dq_share, share = gradients(block)
-            dq, accumulator = dq + dq_share, self._hop(jax.tree.map(jnp.add, moved, share))
+            dq_T, share = gradients(block, dq_T)
+            accumulator = self._hop(jax.tree.map(jnp.add, moved, share))
+        dq = blockwise.natural(blockwise.finish_dq(problem, dq_T, q), length)
         dk, dv = (x[:, :, :keys].swapaxes(1, 2) for x in accumulator)
-        return blockwise.natural(dq, length), dk, dv
+        return dq, dk, dv
 
     def _key_block(self, problem, k, v, key_fields):
         k, v = (blockwise.keys_or_values(problem, x) for x in (k, v))
