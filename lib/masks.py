@@ -140,6 +140,9 @@ class Constant(Mask):
     value: bool
     query_fields = key_fields = frozenset()
 
+    def __invert__(self):
+        return Constant(not self.value)
+
     def tile(self, query, key):
         example = next(iter(query.values())) - next(iter(key.values()))
         return (example == example) & self.value
@@ -188,13 +191,8 @@ class Not(Mask):
 
     term: Mask
 
-    def __new__(cls, term):
-        # A negation of a negation, of a constant or of a one-sided bound has a simpler equal.
-        if isinstance(term, Not):
-            return term.term
-        if isinstance(term, Constant):
-            return Constant(not term.value)
-        return super().__new__(cls)
+    def __invert__(self):
+        return self.term
 
     @property
     def query_fields(self):
@@ -214,7 +212,7 @@ class Not(Mask):
     def __repr__(self):
         if _is_or(self):
             return " | ".join(repr(~term) for term in self.term.terms)
-        return f"~({self.term!r})" if isinstance(self.term, And) else f"~{self.term!r}"
+        return f"~{self.term!r}"
 
 
 def _is_or(mask: Mask) -> bool:

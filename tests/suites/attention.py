@@ -1,0 +1,215 @@
+"""What exact attention has to satisfy, whatever computes it, on whatever mesh, in whatever order its tokens live."""
+
+import functools
+from typing import NamedTuple
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import striate
+from oracles import attention as oracle
+from oracles import formulas
+from striate import Tokens, masks
+from striate.lib import blockwise
+from striate.lib.attention import Parallel
+from striate.lib.layouts import Layout
+from striate.lib.tokens import PADDING
+
+# No tile is longer, so that small problems have many.
+TILE = 24
+# Neither this nor its half, quarter or eighth is a multiple of the tile that it gets.
+LENGTH = 208
+# Reads every kind of field, keeps documents apart, and leaves queries that see nothing and keys that nobody sees.
+RULE = masks.parse("causal() & same('document') & (window(40) | sink(3)) | prefix() & same('document')")
+# Of the greatest magnitude (oracles.attention.magnitudes): one unit in the last place of the float32 in which all is
+# accumulated; for bfloat16 inputs a quarter of their unit, since two factors of the products are rounded to it.
+FLOOR = {"float32": 1.0 * float(jnp.finfo(jnp.float32).eps), "bfloat16": 0.25 * float(jnp.finfo(jnp.bfloat16).eps)}
+
+
+class System(NamedTuple):
+    """One way to compute attention: an implementation on one device, or spread over several in some token order."""
+
+    implementation: str | None = None
+    parallel: Parallel | None = None
+    layout: Layout | None = None
+
+    def __str__(self) -> str:
+        if self.parallel is None:
+            return self.implementation or "default"
+        return f"{type(self.parallel).__name__}-{self.layout}"
+
+    @property
+    def shards(self) -> int:
+        return self.parallel.shards if self.parallel else 1
+
+    def permute(self, tree):
+        return self.layout.permute(tree) if self.layout else tree
+
+    def restore(self, tree):
+        return self.layout.restore(tree) if self.layout else tree
+
+
+REFERENCE = System("reference")
+
+
+class Problem(NamedTuple):
+    """Arrays and Tokens in natural order, and the cotangents of both results. Shapes as in striate.attention."""
+
+    q: np.ndarray
+    k: np.ndarray
+    v: np.ndarray
+    q_tokens: Tokens
+    k_tokens: Tokens
+    d_out: np.ndarray
+    d_lse: np.ndarray
+
+
+def random_problem(rng, q_tokens, k_tokens=None, *, dtype="float32", heads=4, kv_heads=2, width=16, value_width=8):
+    """Normal arrays for the Tokens given; k_tokens are q_tokens where not given."""
+    k_tokens = q_tokens if k_tokens is None else k_tokens
+
+    def normal(*shape, dtype=dtype):
+        return rng.normal(size=shape).astype(np.float32).astype(jnp.dtype(dtype))
+
+    return Problem(
+        q=normal(*q_tokens.shape, heads, width),
+        k=normal(*k_tokens.shape, kv_heads, width),
+        v=normal(*k_tokens.shape, kv_heads, value_width),
+        q_tokens=q_tokens,
+        k_tokens=k_tokens,
+        d_out=normal(*q_tokens.shape, heads, value_width),
+        d_lse=normal(*q_tokens.shape, heads, dtype="float32"),
+    )
+
+
+def solve(system: System, mask: masks.Mask, problem: Problem, tile=TILE) -> oracle.Truth:
+    """Results and gradients as numpy, in natural order. Compiles once for each mask, system but layout, and shape."""
+    solved = _solve(mask, system.implementation, system.parallel, tile, *system.permute(problem))
+    return jax.tree.map(np.asarray, system.restore(solved))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _solve(mask, implementation, parallel, tile, q, k, v, q_tokens, k_tokens, d_out, d_lse):
+    how = {"implementation": implementation, "parallel": parallel, "return_lse": True}
+    cut = blockwise._tile
+
+    def attend(q, k, v):
+        return striate.attention(q, k, v, mask=mask, q_tokens=q_tokens, k_tokens=k_tokens, **how)
+
+    with mock.patch.object(blockwise, "_tile", lambda length, largest: cut(length, min(largest, tile))):
+        results, pull = jax.vjp(attend, q, k, v)
+        return oracle.Truth(*results, *pull((d_out, d_lse)))
+
+
+def visible(mask: masks.Mask, problem: Problem) -> np.ndarray:
+    return np.asarray(mask.dense(problem.q_tokens, problem.k_tokens))
+
+
+def truth(visible_BTS, problem: Problem, equations=oracle.attention) -> oracle.Truth:
+    q, k, v, _, _, d_out, d_lse = problem
+    return equations(q, k, v, visible_BTS, q.shape[-1] ** -0.5, d_out, d_lse)
+
+
+def errors(got: oracle.Truth, true: oracle.Truth) -> dict[str, float]:
+    """The greatest absolute error of each array; both have to agree on the rows that see nothing."""
+    np.testing.assert_array_equal(np.isneginf(got.lse), np.isneginf(true.lse))
+    got, true = (x._replace(lse=np.where(np.isneginf(x.lse), 0, x.lse)) for x in (got, true))
+    return {name: float(np.abs(np.float64(getattr(got, name)) - getattr(true, name)).max()) for name in got._fields}
+
+
+def check_bound(system: System, mask: masks.Mask, problem: Problem, visible_BTS=None, tile=TILE) -> None:
+    """error <= 2 x the error of the dense reference in the same dtype, plus the floor; for results and gradients."""
+    visible_BTS = visible(mask, problem) if visible_BTS is None else visible_BTS
+    true = truth(visible_BTS, problem)
+    check_errors(solve(system, mask, problem, tile), solve(REFERENCE, mask, problem, tile), true, visible_BTS, problem)
+
+
+def check_errors(got, reference, true, visible_BTS, problem: Problem) -> None:
+    allowed, floor = errors(reference, true), FLOOR[problem.q.dtype.name]
+    sizes = truth(visible_BTS, problem, oracle.magnitudes)
+    for name, error in errors(got, true).items():
+        bound = 2 * allowed[name] + floor * getattr(sizes, name).max()
+        # Written so that a NaN fails.
+        assert error <= bound, f"{name}: error {error:.3g}, allowed {bound:.3g} (reference: {allowed[name]:.3g})"
+
+
+def bits(x: np.ndarray) -> np.ndarray:
+    return x.view(f"u{x.dtype.itemsize}")
+
+
+class AttentionSuite:
+    """Joined by a subclass that is parametrised with `system`, and that says what its systems do not do."""
+
+    skips_blocks = True
+
+    def problem(self, system: System, seed=0, **shape) -> Problem:
+        """Ragged documents, padding, duplicated and shuffled positions; one row has a shard of nothing but padding."""
+        rng = np.random.default_rng(seed)
+        tokens = formulas.random_tokens(rng, batch=4, length=LENGTH)
+        document = tokens.document.copy()
+        document[0, self.place(system) < LENGTH // max(system.shards, 2)] = PADDING
+        return random_problem(rng, tokens.replace(document=document), **shape)
+
+    def place(self, system: System) -> np.ndarray:
+        """Where every token, in natural order, stands in the order of the layout."""
+        return system.restore(np.arange(LENGTH)[None])[0]
+
+    @pytest.mark.parametrize(("dtype", "heads", "kv_heads"), [("float32", 4, 2), ("bfloat16", 8, 1)])
+    def test_results_and_gradients_obey_the_bound(self, system, dtype, heads, kv_heads):
+        check_bound(system, RULE, self.problem(system, dtype=dtype, heads=heads, kv_heads=kv_heads))
+
+    def test_what_is_hidden_is_exactly_zero(self, system):
+        problem = self.problem(system)
+        shown, got = visible(RULE, problem), solve(system, RULE, problem)
+        blind, unseen = ~shown.any(2), ~shown.any(1)
+        assert blind[0].any() and unseen[0].any()
+        assert (got.out[blind] == 0).all() and np.isneginf(got.lse[blind]).all() and (got.dq[blind] == 0).all()
+        assert (got.dk[unseen] == 0).all() and (got.dv[unseen] == 0).all()
+        assert np.isfinite(got.lse[~blind]).all() and all(np.isfinite(x).all() for x in (*got[:1], *got[2:]))
+
+    @pytest.mark.parametrize("row", [0, 77, LENGTH - 1])
+    def test_the_gradient_of_a_row_reaches_the_pairs_it_sees_and_no_other(self, system, row):
+        problem = self.problem(system)
+        only = np.arange(LENGTH)[None, :, None, None] == row
+        problem = problem._replace(d_out=problem.d_out * only, d_lse=problem.d_lse * only[..., 0])
+        shown, got = visible(RULE, problem)[:, row], solve(system, RULE, problem)
+        assert (got.dk[~shown] == 0).all()
+        np.testing.assert_array_equal((got.dv != 0).any((2, 3)), shown)
+        assert (got.dq[:, np.arange(LENGTH) != row] == 0).all()
+
+    def test_a_document_changes_no_bit_of_another(self, system):
+        problem = self.problem(system)
+        numbers = [np.unique(row[row >= 0])[-1] for row in problem.q_tokens.document]
+        edited = problem.q_tokens.document == np.array(numbers)[:, None]
+        assert edited.any(1).all() and not edited.all(1).all()
+        other = self.problem(system, seed=1)
+        arrays = {name: getattr(problem, name).copy() for name in ("q", "k", "v", "d_out", "d_lse")}
+        for name, x in arrays.items():
+            x[edited] = getattr(other, name)[edited]
+        before, after = solve(system, RULE, problem), solve(system, RULE, problem._replace(**arrays))
+        for name, x, y in zip(before._fields, before, after, strict=True):
+            np.testing.assert_array_equal(bits(x)[~edited], bits(y)[~edited], err_msg=name)
+            assert (x[edited] != y[edited]).any(), name
+
+    def test_reruns_are_equal_to_the_bit(self, system):
+        problem = self.problem(system)
+        for x, y in zip(solve(system, RULE, problem), solve(system, RULE, problem), strict=True):
+            np.testing.assert_array_equal(bits(x), bits(y))
+
+    def test_a_hidden_block_is_not_computed(self, system):
+        if not self.skips_blocks:
+            pytest.skip("computes every block")
+        # Documents are runs of 26 in the order of the layout. NaN, which no arithmetic hides, in the first of them may
+        # spread by the tiles that it shares with the next ones, and no further.
+        place = self.place(system)
+        problem = self.problem(system)
+        tokens = problem.q_tokens.replace(document=np.tile(np.int32(place // 26), (4, 1)))
+        problem = problem._replace(q_tokens=tokens, k_tokens=tokens)
+        k, v = problem.k.copy(), problem.v.copy()
+        k[:, place < TILE], v[:, place < TILE] = np.nan, np.nan
+        before, after = solve(system, RULE, problem), solve(system, RULE, problem._replace(k=k, v=v))
+        for name, x, y in zip(before._fields, before, after, strict=True):
+            np.testing.assert_array_equal(bits(x)[:, place >= LENGTH // 2], bits(y)[:, place >= LENGTH // 2], err_msg=name)
+        assert np.isnan(after.out[:, place < TILE]).any()
