@@ -67,6 +67,11 @@ def attention(
       NotImplementedError: an implementation asked for by name that cannot run here.
     """
     mask = masks.everything() if mask is None else mask
+    if not isinstance(mask, masks.Mask):
+        raise UserError(
+            f"mask is a {type(mask).__name__}; attention needs a formula over Tokens, such as masks.causal() or "
+            "masks.parse(text)."
+        )
     _check_arrays(q_BTHD, k_BSKD, v_BSKV)
     q_tokens, k_tokens = _check_tokens(q_BTHD, k_BSKD, q_tokens, k_tokens)
     mask.check(q_tokens, k_tokens)
@@ -151,6 +156,8 @@ def _check_arrays(q, k, v) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.ndim != 4:
             raise UserError(f"{name} has shape {x.shape}; attention needs (batch, length, heads, width): 4 axes.")
+        if 0 in x.shape:
+            raise UserError(f"{name} has shape {x.shape}; attention needs at least one entry on every axis.")
         if not jnp.issubdtype(x.dtype, jnp.floating) or x.dtype != q.dtype:
             raise UserError(
                 f"q, k, v have dtypes {q.dtype}, {k.dtype}, {v.dtype}; attention needs one floating dtype: cast them."

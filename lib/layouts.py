@@ -23,6 +23,10 @@ class Layout:
 
     shards: int
 
+    def __post_init__(self):
+        if min(vars(self).values()) < 1:
+            raise UserError(f"{self} cannot be: its numbers are at least 1.")
+
     def order(self, length: int) -> np.ndarray:
         """int (length,): permuted[i] = natural[order[i]]."""
         raise NotImplementedError
@@ -38,7 +42,7 @@ class Layout:
             down, up = length - length % self.unit, length - length % self.unit + self.unit
             raise UserError(
                 f"{self} needs a length that is a multiple of {self.unit}, got {length}: "
-                f"use {f'{down} or ' if down else ''}{up}, or change the number of shards or the stripe."
+                f"use {f'{down} or ' if down else ''}{up}, or another layout."
             )
 
     def permute(self, tree, axis: int = 1):

@@ -20,6 +20,7 @@ import ast
 import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from numbers import Integral
 
 import jax.numpy as jnp
 
@@ -255,8 +256,18 @@ def _negative(bound: int | None) -> int | None:
 
 
 def difference(query_field: str | None, key_field: str | None, low: int | None = None, high: int | None = None) -> Mask:
-    """low <= q.query_field - k.key_field <= high."""
-    if query_field is None and key_field is None:
+    """low <= q.query_field - k.key_field <= high; a field of None is the constant 0, a bound of None is no bound.
+
+    Raises:
+      UserError: no field at all, a field that is not text, or a bound that is not a whole number.
+    """
+    fields, bounds = {query_field, key_field} - {None}, {low, high} - {None}
+    if not all(isinstance(name, str) for name in fields) or not all(isinstance(x, Integral) for x in bounds):
+        raise UserError(
+            f"difference({query_field!r}, {key_field!r}, {low!r}, {high!r}) cannot be: fields are names in quotes and "
+            "bounds are whole numbers or None."
+        )
+    if not fields:
         raise UserError("difference(None, None) compares nothing: name a query field or a key field.")
     if low is not None and high is not None and low > high:
         return Constant(False)
@@ -331,7 +342,8 @@ def parse(text: str) -> Mask:
     try:
         return _build(ast.parse(text.strip(), mode="eval").body, text)
     except (SyntaxError, TypeError) as error:
-        raise UserError(f'The mask {text!r} cannot be read ({error}); write one such as "{_EXAMPLE}".') from error
+        why = error.msg if isinstance(error, SyntaxError) else error
+        raise UserError(f'The mask {text!r} cannot be read ({why}); write one such as "{_EXAMPLE}".') from error
 
 
 _EXAMPLE = "causal() & same('document')"

@@ -22,20 +22,23 @@ class Tokens:
     further field may be named: `Tokens(position=p, document=d, frame=f)`; read one as `tokens["frame"]`.
 
     Raises:
-      UserError: a field that is not of rank 2, not of an integer type, or not of the shape of `position`.
+      UserError: a field that is not of rank 2, not int32 (or int64), or not of the shape of `position`.
     """
 
     def __init__(self, position, document=None, **fields):
         document = position * 0 if document is None else document
-        self._fields = dict(sorted({"position": position, "document": document, **fields}.items()))
-        for name, value in self._fields.items():
+        fields = {"position": position, "document": document, **fields}
+        for name, value in fields.items():
             if value.ndim != 2 or value.shape != position.shape:
+                needed = f" of position, {position.shape}" if position.ndim == 2 else ""
                 raise UserError(
-                    f"Tokens field {name!r} has shape {value.shape}; every field needs the shape (batch, length) of "
-                    f"position, {position.shape}: reshape or broadcast it first."
+                    f"Tokens field {name!r} has shape {value.shape}; every field needs the shape (batch, length)"
+                    f"{needed}: reshape or broadcast it first."
                 )
-            if not np.issubdtype(value.dtype, np.integer):
+            # Narrow and unsigned integers would wrap around in differences.
+            if value.dtype not in (np.int32, np.int64):
                 raise UserError(f"Tokens field {name!r} has dtype {value.dtype}; fields are int32: cast it first.")
+        self._fields = dict(sorted(fields.items()))
 
     @classmethod
     def arange(cls, batch: int, length: int) -> Tokens:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import jax
-from jax.sharding import Mesh
+from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
 from striate.lib import masks
@@ -33,6 +33,12 @@ class SequenceParallel:
             raise UserError(
                 f"{type(self).__name__} spreads the sequence over the mesh axis {self.axis!r}, but the mesh has "
                 f"{dict(self.mesh.shape)}: name one of these axes."
+            )
+        if AxisType.Explicit in self.mesh.axis_types:
+            raise UserError(
+                f"{type(self).__name__} needs a mesh of Auto axes, and {self.mesh.axis_names} have "
+                f"{self.mesh.axis_types}: pass axis_types=(jax.sharding.AxisType.Auto,) * {len(self.mesh.shape)} to "
+                "jax.make_mesh."
             )
 
     @property
