@@ -1,0 +1,1 @@
+"""One file per experiment, and the schema that they all fill in."""
