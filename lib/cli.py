@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import io
 import json
 import runpy
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
+from contextlib import redirect_stderr
 from dataclasses import dataclass
 from functools import reduce
 from itertools import takewhile
@@ -99,7 +101,10 @@ class Generate:
     """The same seed gives the same text."""
 
     def __call__(self) -> None:
-        raise NotImplementedError
+        from striate.lib.training import loop
+
+        settings = {"temperature": self.temperature, "top_p": self.top_p, "seed": self.seed}
+        print(self.prompt + loop.generate(find_run(self.run), self.prompt, self.steps, **settings))
 
 
 @dataclass(frozen=True)
@@ -165,12 +170,28 @@ def parse(argv: Sequence[str]) -> Any:
     words = argv[len(name.split()) :]
     kind = COMMANDS[name]
     start = _experiment(name, words) if issubclass(kind, Configured) else {"f": kind}
-    command, unknown = tyro.cli(**start, prog=f"striate {name}", args=words, return_unknown_args=True)
+    command, unknown = _fill(**start, prog=f"striate {name}", args=words)
     if unknown:
         option = unknown[0].partition("=")[0]
         near = nearest(option, [known.replace("--experiment.", "--") for known in options(command)])
         raise UserError(f"striate {name} has no option {option!r}{near}: striate {name} --help lists them.")
     return command
+
+
+def _fill(**settings: Any) -> tuple[Any, list[str]]:
+    """tyro.cli: (the command, words that nothing understood). A UserError of a config passes through it as it was."""
+    printed = io.StringIO()
+    try:
+        with redirect_stderr(printed):
+            return tyro.cli(**settings, return_unknown_args=True)
+    except SystemExit as end:
+        error = end.__context__
+        while error and not isinstance(error, UserError):
+            error = error.__context__
+        if error:
+            raise error from None
+        sys.stderr.write(printed.getvalue())
+        raise
 
 
 def _overview(named: Sequence[str], rest: Sequence[str]) -> NoReturn:
