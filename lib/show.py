@@ -16,7 +16,6 @@ from typing import Annotated, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from rich import box
 from rich.columns import Columns
 from rich.console import Console, Group
 from rich.panel import Panel
@@ -42,6 +41,7 @@ BALANCE = (
 )
 TIMING = "Measured: seconds of the slowest device at each ring step, each alone, and their sum."
 WIDTH = 64  # of the head that is timed
+PADDING = (0, 2, 0, 0)  # of a cell: above, right, below, left
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,7 @@ class ShowMask:
         console.print(f"[bold]{mask}[/]   {self.length} tokens in the order {layout}")
         views = token_view(mask, permuted, console), tile_view(mask, permuted, self.tile, console)
         console.print(Columns([view for view in views if view]))
+        console.print()
         console.print(balance(layouts, work))
         if self.png:
             panels = {name: picture(mask, layouts[name].permute(tokens), 256)[0] for name in work}
@@ -116,8 +117,10 @@ class ShowLayout:
         console.print(f"[bold]{mask}[/]   {self.length} tokens over {self.shards} devices, tiles of {self.tile}")
         console.print(balance(layouts, work))
         owned = small_owners(layouts)
+        console.print()
         console.print(ownership(owned))
         if self.time:
+            console.print()
             console.print(timing(measure(mask, tokens, {name: layouts[name] for name in work}, self.time)))
         if self.png:
             console.print(f"wrote {plots.layouts(owned, work, self.png)}")
@@ -226,7 +229,7 @@ def predict(mask: masks.Mask, tokens: Tokens, layouts: Mapping[str, Layout], til
 
 def balance(layouts: Mapping[str, Layout], work: Mapping[str, Work]) -> Table:
     """What every layout makes of the mask, in tiles; the row of a layout that the length does not fit says so."""
-    table = Table("layout", box=box.SIMPLE, padding=(0, 1), caption=BALANCE, caption_justify="left")
+    table = Table("layout", box=None, padding=PADDING, caption=BALANCE, caption_justify="left")
     for column in ("none", "some", "all", "path", "ideal", "gain"):
         table.add_column(column, justify="right")
     table.add_column("path, step by step")
@@ -283,7 +286,7 @@ def measure(mask: masks.Mask, tokens: Tokens, layouts: Mapping[str, Layout], run
 
 def timing(seconds: Mapping[str, np.ndarray]) -> Table:
     """The measured critical path of every layout."""
-    table = Table("layout", box=box.SIMPLE, padding=(0, 1), caption=TIMING, caption_justify="left")
+    table = Table("layout", box=None, padding=PADDING, caption=TIMING, caption_justify="left")
     for column in ("path", "ideal", "gain"):
         table.add_column(column, justify="right")
     path = {name: times.max(axis=1).sum() for name, times in seconds.items()}
@@ -312,7 +315,7 @@ def small_owners(layouts: Mapping[str, Layout]) -> dict[str, np.ndarray]:
 def ownership(owned: Mapping[str, np.ndarray]) -> Table:
     """Who owns which token: a digit is a token and names its device."""
     length = len(next(iter(owned.values())))
-    table = Table("layout", f"the device of each token, drawn for {length}", box=None, padding=(0, 2, 0, 0))
+    table = Table("layout", f"the device of each token, drawn for {length}", box=None, padding=PADDING)
     for name, devices in owned.items():
         text = Text(no_wrap=True, overflow="ellipsis")
         for device in devices.tolist():

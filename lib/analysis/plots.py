@@ -126,6 +126,8 @@ def layouts(owners: Mapping[str, np.ndarray], work: Mapping[str, Work], path: st
     right.set_yticks([])
     right.set_ylim(len(names) - 0.5, -0.5)
     right.set_xlabel("critical path (tiles)", fontsize=8)
+    right.locator_params(axis="x", nbins=4)
+    right.xaxis.set_major_formatter("{x:,.0f}")
     for row in range(1, len(names)):
         left.axhline(row - 0.5, color="white", linewidth=6)
     for ax in (left, right):
