@@ -119,7 +119,7 @@ class ShowLayout:
         owned = small_owners(layouts)
         console.print()
         console.print(ownership(owned))
-        if self.time:
+        if self.time > 0:
             console.print()
             console.print(timing(measure(mask, tokens, {name: layouts[name] for name in work}, self.time)))
         if self.png:
