@@ -1,6 +1,7 @@
 """The house keeps its shape: imports go down one staircase, files stay short, start-up is light, the wheel is whole."""
 
 import ast
+import importlib.metadata
 import re
 import shutil
 import subprocess
@@ -132,6 +133,22 @@ def test_every_package_is_listed():
     assert not listed - present, f"take {sorted(listed - present)} out of tool.setuptools.packages of pyproject.toml"
     bare = sorted(str(folder) for folder in folders if not (ROOT / folder / "__init__.py").exists())
     assert not bare, f"add an __init__.py to {bare}"
+
+
+def test_every_import_is_a_declared_dependency():
+    declared = {canonical(re.match(r"[\w.-]+", line)[0]) for line in PROJECT["project"]["dependencies"]}
+    found = []
+    for path in package_files():
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []
+            for package in {name.partition(".")[0] for name in names} - sys.stdlib_module_names - {"striate"}:
+                distributions = importlib.metadata.packages_distributions().get(package, [package])
+                if not declared.intersection(map(canonical, distributions)):
+                    found.append(
+                        f"{path.relative_to(ROOT)}:{node.lineno} imports {package}, which pyproject.toml lacks"
+                    )
+    assert not found, "\n".join(found)
 
 
 @pytest.mark.parametrize("name", ["constraints.txt", "constraints-floor.txt"])
