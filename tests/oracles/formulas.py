@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import numpy as np
+
 from striate.lib import masks
 from striate.lib.tokens import Tokens
 
