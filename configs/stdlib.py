@@ -1,6 +1,6 @@
 """A byte-level language model of the standard library's sources, context 4096, striped over eight devices.
 
-    striate train configs/stdlib.py
+striate train configs/stdlib.py
 """
 
 from striate.configs.schema import Experiment
@@ -10,16 +10,15 @@ from striate.lib.training.optimiser import OptimiserConfig
 from striate.lib.training.partition import MeshConfig
 from striate.models.decoder import DecoderConfig, Layer
 
-NGRAMS = {"ngram_orders": (2, 3, 4), "ngram_buckets": 8192}
+NGRAMS = {"ngram_orders": (2, 3, 4, 5), "ngram_buckets": 8192}
 LOCAL = Layer(mask="window(255) & same('document')")
 GLOBAL = Layer(mask="causal() & same('document')")
+PATTERN = (LOCAL, LOCAL, LOCAL, GLOBAL)
 
 experiment = Experiment(
-    model=DecoderConfig(
-        width=192, layers=4, heads=4, kv_heads=2, head_dim=32, hidden=512, pattern=(LOCAL, GLOBAL), **NGRAMS
-    ),
+    model=DecoderConfig(width=192, layers=4, heads=4, kv_heads=2, head_dim=32, hidden=512, pattern=PATTERN, **NGRAMS),
     data=DataConfig(length=4096, batch=1, **NGRAMS),
-    optimiser=OptimiserConfig(learning_rate=4e-3, warmup=15, final_fraction=0.05),
+    optimiser=OptimiserConfig(learning_rate=5e-3, warmup=15, final_fraction=0.02),
     mesh=MeshConfig(sequence=8, layout="striped", stripe=128, strategy="ring"),
-    run=RunConfig(name="stdlib", steps=300, eval_every=100, checkpoint_every=100),
+    run=RunConfig(name="stdlib", steps=280, eval_every=140, checkpoint_every=140),
 )
