@@ -100,7 +100,7 @@ def test_one_shard_is_one_device_to_the_bit():
             np.testing.assert_array_equal(suite.bits(x), suite.bits(y))
 
 
-class TestWhatTravelsAroundTheRing:
+class TestWhatTravels:
     SHARDS, BATCH, LOCAL, HEADS, KV_HEADS, WIDTH, VALUE_WIDTH = 4, 2, 32, 4, 2, 16, 8
     # Bytes of the keys and values of one shard, in one byte an entry.
     BLOCK = BATCH * LOCAL * KV_HEADS * (WIDTH + VALUE_WIDTH)
@@ -113,25 +113,31 @@ class TestWhatTravelsAroundTheRing:
         tokens = Tokens.arange(self.BATCH, length)
         return q, k, v, tokens, tokens
 
-    def passes(self):
+    def passes(self, strategy):
         """The jaxprs of the forward and of the backward pass."""
-        ring, mask = Ring(mesh(sequence=self.SHARDS)), masks.causal() & masks.same("document")
+        parallel, mask = strategy(mesh(sequence=self.SHARDS)), masks.causal() & masks.same("document")
         arrays = self.arrays()
         out = jnp.zeros((*arrays[0].shape[:3], self.VALUE_WIDTH), jnp.bfloat16)
         row = jnp.zeros(arrays[0].shape[:3], jnp.float32)
-        forward = jax.make_jaxpr(lambda *x: ring.forward(mask, 1.0, *x))(*arrays)
-        backward = jax.make_jaxpr(lambda *x: ring.backward(mask, 1.0, *x))(*arrays, out, row, row)
+        forward = jax.make_jaxpr(lambda *x: parallel.forward(mask, 1.0, *x))(*arrays)
+        backward = jax.make_jaxpr(lambda *x: parallel.backward(mask, 1.0, *x))(*arrays, out, row, row)
         return forward.jaxpr, backward.jaxpr
 
-    def test_keys_hop_in_their_dtype_and_gradients_in_float32(self):
-        forward, backward = (travelled(jaxpr) for jaxpr in self.passes())
+    def test_around_the_ring_keys_hop_in_their_dtype_and_gradients_in_float32(self):
+        forward, backward = (travelled(jaxpr, "ppermute") for jaxpr in self.passes(Ring))
         # Tokens are one number for every key and field, against KV_HEADS (WIDTH + VALUE_WIDTH) numbers.
         assert 0 < forward.pop("int32") == backward.pop("int32") <= (self.SHARDS - 1) * self.BLOCK
         assert forward == {"bfloat16": 2 * self.BLOCK * (self.SHARDS - 1)}
         assert backward == {"bfloat16": 2 * self.BLOCK * (self.SHARDS - 1), "float32": 4 * self.BLOCK * self.SHARDS}
 
+    def test_all_gather_takes_keys_in_their_dtype_and_sums_gradients_in_float32(self):
+        forward, backward = self.passes(AllGather)
+        keys, gradients = travelled(backward, "all_gather"), travelled(backward, "reduce_scatter")
+        assert keys == travelled(forward, "all_gather") and keys["bfloat16"] == 2 * self.BLOCK
+        assert set(keys) == {"bfloat16", "int32"} and gradients == {"float32": 4 * self.BLOCK * self.SHARDS}
+
     def test_no_hop_waits_for_the_compute_of_its_step(self):
-        for jaxpr in self.passes():
+        for jaxpr in self.passes(Ring):
             assert not waiting_hops(jaxpr)
 
     def test_a_hop_that_waits_is_found(self):
@@ -144,16 +150,16 @@ class TestWhatTravelsAroundTheRing:
         spread = jax.shard_map(shard, mesh=mesh(sequence=2), in_specs=P("sequence"), out_specs=P("sequence"))
         assert waiting_hops(jax.make_jaxpr(spread)(jnp.zeros((4, 2))).jaxpr)
 
-    def test_the_last_hop_is_peeled_and_one_device_sends_nothing(self):
+    def test_one_device_sends_nothing(self):
         single = Ring(mesh(sequence=1))
         jaxpr = jax.make_jaxpr(lambda *x: single.forward(masks.causal(), 1.0, *x))(*self.arrays()).jaxpr
-        assert not travelled(jaxpr)
+        assert not travelled(jaxpr, "ppermute")
 
 
-def travelled(jaxpr) -> dict[str, int]:
-    """Bytes that each device sends, by dtype."""
+def travelled(jaxpr, collective: str) -> dict[str, int]:
+    """Bytes that each device hands to a collective, by dtype."""
     sent: dict[str, int] = {}
-    for equation, times in equations(jaxpr, "ppermute"):
+    for equation, times in equations(jaxpr, collective):
         for array in (x.aval for x in equation.invars):
             if times:
                 sent[array.dtype.name] = sent.get(array.dtype.name, 0) + times * array.size * array.dtype.itemsize
@@ -176,7 +182,7 @@ def test_remat_by_the_names_sends_nothing_again():
         return striate.attention(jnp.sin(q), q, q, mask=masks.causal(), parallel=ring).sum()
 
     def sent(function):
-        return travelled(jax.make_jaxpr(jax.grad(function))(q).jaxpr)
+        return travelled(jax.make_jaxpr(jax.grad(function))(q).jaxpr, "ppermute")
 
     assert sent(jax.checkpoint(loss, policy=policy)) == sent(loss)
     assert sent(jax.checkpoint(loss))["float32"] > sent(loss)["float32"]
