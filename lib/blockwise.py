@@ -184,20 +184,20 @@ def forward(problem: Problem, q, k, v, query_fields: Mapping, key_fields: Mappin
 
 
 def empty_dq(problem: Problem, q: jax.Array) -> jax.Array:
-    """The gradient of the queries to add to, float32, transposed within each block: (B, blocks, K, D, G q_tile)."""
+    """The gradient of the scaled queries, to add to: float32, transposed in blocks, (B, blocks, K, D, G q_tile)."""
     (batch, heads, group, length, width), q_tile = q.shape, problem.tile[0]
     return jnp.zeros((batch, length // q_tile, heads, width, group * q_tile), jnp.float32)
 
 
 def finish_dq(problem: Problem, dq_T: jax.Array, q: jax.Array) -> jax.Array:
-    """The gradient of the queries, heads-major like q."""
+    """The gradient of the queries, heads-major like q. The scale enters here, where nothing is rounded any more."""
     (batch, heads, group, length, width), q_tile = q.shape, problem.tile[0]
     dq = dq_T.reshape(batch, length // q_tile, heads, width, group, q_tile).transpose(0, 2, 4, 1, 5, 3)
-    return dq.reshape(q.shape)
+    return problem.scale * dq.reshape(q.shape)
 
 
 def backward(problem: Problem, q, k, v, d_out, lse, delta, query_fields: Mapping, key_fields: Mapping, dq_T):
-    """(dq_T plus what the pairs (q, k) give, dk, dv): float32, dk and dv shaped like k and v.
+    """(dq_T plus what the pairs (q, k) give, dk, dv): float32, dq_T as in `empty_dq`, dk and dv like k and v.
 
     d_out is (B, K, G, T, V); lse and delta are (B, K, G, T). Lengths are multiples of the tile.
     """
@@ -211,7 +211,7 @@ def backward(problem: Problem, q, k, v, d_out, lse, delta, query_fields: Mapping
         dq_T, dk, dv = carry
         b, start = blocks.rows[index] // (keys // k_tile), blocks.rows[index] % (keys // k_tile) * k_tile
         k_KSD, v_KSV = _block(k, b, start, k_tile, axis=1), _block(v, b, start, k_tile, axis=1)
-        k_KDS = problem.scale * k_KSD.swapaxes(1, 2)
+        k_KDS = k_KSD.swapaxes(1, 2)
         key = _row_fields(key_fields, b, start, k_tile)
 
         def query_block(index, carry, masked: bool):
