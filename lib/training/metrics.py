@@ -29,16 +29,13 @@ class Metrics:
 
     def __init__(self, directory: Path, start: int, every: int):
         self._every, self._waiting, self._since = every, None, time.perf_counter()
-        self._writes = jax.process_index() == 0
+        self._directory, self._writes = directory, jax.process_index() == 0
         if not self._writes:
             return
         from tensorboardX import SummaryWriter
 
         roll_back(directory / TRAINING, lambda step: step < start)
         roll_back(directory / HELD_OUT, lambda step: step <= start and start > 0)
-        # Line buffering hands every line to the system at once, where it survives a kill.
-        self._training = open(directory / TRAINING, "a", buffering=1)
-        self._held_out = open(directory / HELD_OUT, "a", buffering=1)
         self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=start, flush_secs=10)
 
     def push(self, step: int, metrics: dict[str, jax.Array]) -> dict | None:
@@ -71,19 +68,14 @@ class Metrics:
         seconds, self._since = now - self._since, now
         record |= {"tokens_per_second": record.pop("tokens") / seconds, "time": time.time()}
         if self._writes:
-            self._training.write(json.dumps(record) + "\n")
-            if step % self._every == 0:
-                self._plot(
-                    "train", record, ("loss", "bits_per_byte", "grad_norm", "learning_rate", "tokens_per_second")
-                )
+            self._write(TRAINING, record, plot=step % self._every == 0)
         return record
 
     def evaluated(self, step: int, bits_per_byte: float) -> None:
         """Records an evaluation after `step` steps."""
         record = {"step": step, "bits_per_byte": bits_per_byte, "time": time.time()}
         if self._writes:
-            self._held_out.write(json.dumps(record) + "\n")
-            self._plot("held_out", record, ("bits_per_byte",))
+            self._write(HELD_OUT, record, plot=True)
 
     def restart_clock(self) -> None:
         """What was done since the last record was no training."""
@@ -94,12 +86,13 @@ class Metrics:
 
     def __exit__(self, *exception) -> None:
         if self._writes:
-            for file in (self._training, self._held_out, self._board):
-                file.close()
+            self._board.close()
 
-    def _plot(self, kind: str, record: dict, names: tuple[str, ...]) -> None:
-        for name in names:
-            self._board.add_scalar(f"{kind}/{name}", record[name], record["step"])
+    def _write(self, file: str, record: dict, plot: bool) -> None:
+        with open(self._directory / file, "a") as lines:  # closed, the line is the system's and survives a kill
+            lines.write(json.dumps(record) + "\n")
+        for name in record.keys() - {"step", "time"} if plot else ():
+            self._board.add_scalar(f"{Path(file).stem}/{name}", record[name], record["step"])
 
 
 def roll_back(path: Path, keep) -> None:

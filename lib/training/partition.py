@@ -1,4 +1,4 @@
-"""Where everything lives: the mesh, the table from logical names to mesh axes, and the shardings that follow from it."""
+"""Where everything lives: the mesh, the table from logical names to mesh axes, and the shardings that follow."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def make_mesh(config: MeshConfig) -> Mesh:
 
 
 def simulate(count: int) -> None:
-    """Asks for `count` simulated devices, should the CPU be what runs; XLA_FLAGS or an earlier use of JAX has precedence."""
+    """Asks for `count` devices, should the CPU be what runs; XLA_FLAGS or an earlier use of JAX has precedence."""
     if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "") or jax.distributed.is_initialized():
         return
     with contextlib.suppress(RuntimeError):  # the backend has started; make_mesh counts what there is
@@ -172,7 +172,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def put(batch, mesh: Mesh):
-    """The whole job's batch, known to every process, onto the mesh: each process hands over only what its devices hold."""
+    """The whole job's batch, known to every process, onto the mesh: each hands over only what its devices hold."""
     sharding = batch_sharding(mesh)
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x), x.shape), batch)
 
