@@ -14,7 +14,7 @@ from striate.lib.attention import Parallel
 from striate.lib.decoding.cache import Cache, KeyValues
 from striate.lib.errors import UserError
 from striate.lib.tokens import PADDING, Tokens
-from striate.models.layers import Attention, NgramEmbedding, RMSNorm, SwiGLU
+from striate.models.layers import Attention, NgramEmbedding, RMSNorm, SwiGLU, weight
 
 # What the backward pass finds saved of a layer, besides its input; the rest it computes again.
 _SAVED = {"layer": (), "attention": ("attention_out", "attention_lse")}
@@ -88,6 +88,11 @@ class DecoderConfig:
         return self.layers // len(self.pattern)
 
     @property
+    def embedding_deviation(self) -> float:
+        """Of the embedding: logits start with a deviation of 1/2, near a uniform guess."""
+        return 0.5 * self.width**-0.5
+
+    @property
     def out_deviation(self) -> float:
         """Of the projections back into the residual stream: 1 / sqrt(2 layers) smaller (Radford et al. 2019)."""
         return self.width**-0.5 * (2 * self.layers) ** -0.5
@@ -123,7 +128,7 @@ def _attention(config: DecoderConfig, layer: Layer, parallel: Parallel | None, n
 
 
 MIXERS = {"attention": _attention}
-"""name -> (config, layer, parallel, name) -> module with __call__(x, tokens, k_tokens, past) -> (output, what to cache)."""
+"""(config, layer, parallel, name) -> a module called as (x, tokens, k_tokens, past), which gives (output, to cache)."""
 
 
 class Block(nn.Module):
@@ -172,10 +177,14 @@ class Decoder(nn.Module):
     config: DecoderConfig
     parallel: Parallel | None = None
 
+    @property
+    def dtype(self) -> str:
+        return self.config.compute_dtype
+
     def setup(self):
         config = self.config
-        initialise = nn.with_logical_partitioning(nn.initializers.normal(config.width**-0.5), ("vocabulary", "embed"))
-        self.embedding = self.param("embedding", initialise, (config.vocabulary, config.width), jnp.float32)
+        shape = config.vocabulary, config.width
+        self.table = weight(self, "embedding", shape, ("vocabulary", "embed"), config.embedding_deviation)
         if config.ngram_orders:
             self.ngrams = NgramEmbedding(config.ngram_buckets, config.ngram_width, config.width, config.compute_dtype)
         self.layers = nn.scan(
@@ -215,13 +224,13 @@ class Decoder(nn.Module):
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Scores of the next token, float32 (..., vocabulary)."""
-        embedding = self.embedding.astype(hidden.dtype)
-        return jnp.einsum("...e,ve->...v", hidden, embedding, preferred_element_type=jnp.float32)
+        return jnp.einsum("...e,ve->...v", hidden, self.table, preferred_element_type=jnp.float32)
 
     def _embed(self, inputs_BT, ngrams_BTO):
-        # Rows of the embedding have length 1; the residual stream starts with entries of size 1.
         config = self.config
-        x_BTE = self.embedding.astype(config.compute_dtype)[inputs_BT] * config.width**0.5
+        # Entries of size 1, the halves exchanged: the tied output would else start by predicting the input again.
+        table_VE = jnp.roll(self.table, config.width // 2, axis=1) / config.embedding_deviation
+        x_BTE = table_VE[inputs_BT]
         if config.ngram_orders:
             x_BTE = (x_BTE + self.ngrams(ngrams_BTO)) * 2**-0.5
         return nn.with_logical_constraint(x_BTE, ("batch", "length", "embed"))

@@ -30,12 +30,12 @@ def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
 
 
 def weight(module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str | None, ...], deviation: float):
-    """A float32 parameter, drawn normal, ready to be used.
+    """A float32 parameter, drawn normal, in the dtype of the module and ready to be used.
 
     The axis "embed" cuts a parameter at rest only: it is gathered here, so that activations need not move.
     """
     initialise = nn.with_logical_partitioning(nn.initializers.normal(deviation), axes)
-    value = module.param(name, initialise, shape, jnp.float32)
+    value = module.param(name, initialise, shape, jnp.float32).astype(module.dtype)
     return nn.with_logical_constraint(value, tuple(None if axis == "embed" else axis for axis in axes))
 
 
@@ -81,7 +81,7 @@ class Attention(nn.Module):
         (batch, length, width), group = x_BTE.shape, self.heads // self.kv_heads
         shape = (width, self.kv_heads, group + 2, self.head_dim)
         qkv = weight(self, "qkv", shape, ("embed", "kv_heads", None, "head_dim"), width**-0.5)
-        qkv_BTKGD = jnp.einsum("bte,ekgd->btkgd", x_BTE, qkv.astype(self.dtype))
+        qkv_BTKGD = jnp.einsum("bte,ekgd->btkgd", x_BTE, qkv)
         q_BTHD = qkv_BTKGD[:, :, :, :group].reshape(batch, length, self.heads, self.head_dim)
         k_BTKD, v_BTKD = qkv_BTKGD[:, :, :, group], qkv_BTKGD[:, :, :, group + 1]
         q_BTHD = rope(RMSNorm(name="q_norm")(q_BTHD), tokens.position, self.rope_theta)
@@ -94,7 +94,7 @@ class Attention(nn.Module):
         out_BTHD = attention(q_BTHD, k_BTKD, v_BTKD, mask=mask, q_tokens=tokens, k_tokens=k_tokens, **how)
         shape = (self.heads, self.head_dim, width)
         out = weight(self, "out", shape, ("heads", "head_dim", "embed"), self.out_deviation)
-        return jnp.einsum("bthd,hde->bte", out_BTHD, out.astype(self.dtype)), new
+        return jnp.einsum("bthd,hde->bte", out_BTHD, out), new
 
 
 class SwiGLU(nn.Module):
@@ -108,11 +108,11 @@ class SwiGLU(nn.Module):
     def __call__(self, x_BTE: jax.Array) -> jax.Array:
         width = x_BTE.shape[-1]
         gate_up = weight(self, "gate_up", (width, 2, self.hidden), ("embed", None, "mlp"), width**-0.5)
-        gate_up_BT2F = jnp.einsum("bte,enf->btnf", x_BTE, gate_up.astype(self.dtype))
+        gate_up_BT2F = jnp.einsum("bte,enf->btnf", x_BTE, gate_up)
         hidden_BTF = swiglu(gate_up_BT2F[:, :, 0], gate_up_BT2F[:, :, 1])
         hidden_BTF = nn.with_logical_constraint(hidden_BTF, ("batch", "length", "mlp"))
         down = weight(self, "down", (self.hidden, width), ("mlp", "embed"), self.out_deviation)
-        return jnp.einsum("btf,fe->bte", hidden_BTF, down.astype(self.dtype))
+        return jnp.einsum("btf,fe->bte", hidden_BTF, down)
 
 
 class NgramEmbedding(nn.Module):
@@ -128,7 +128,7 @@ class NgramEmbedding(nn.Module):
         orders = ids_BTO.shape[-1]
         table = weight(self, "table", (orders * self.buckets, self.table_width), ("ngram", "embed"), 1.0)
         rows_BTO = ids_BTO + self.buckets * jnp.arange(orders, dtype=ids_BTO.dtype)[None, None]
-        found_BTF = table.astype(self.dtype)[rows_BTO].reshape(*ids_BTO.shape[:2], orders * self.table_width)
+        found_BTF = table[rows_BTO].reshape(*ids_BTO.shape[:2], orders * self.table_width)
         shape = (orders * self.table_width, self.width)
         projection = weight(self, "projection", shape, (None, "embed"), shape[0] ** -0.5)
-        return found_BTF @ projection.astype(self.dtype)
+        return found_BTF @ projection

@@ -119,8 +119,8 @@ def _prompt(ids) -> np.ndarray:
     ids = np.asarray(ids)
     if ids.ndim != 1 or not ids.size or not np.issubdtype(ids.dtype, np.integer):
         raise UserError(
-            f"The prompt has shape {ids.shape} and dtype {ids.dtype}; it needs one integer id or more, shape (length,): "
-            f"encode a text, or pass [{BOUNDARY}] for a document from its start."
+            f"The prompt has shape {ids.shape} and dtype {ids.dtype}; it needs one integer id or more, shape "
+            f"(length,): encode a text, or pass [{BOUNDARY}] for a document from its start."
         )
     ids = ids if ids[0] == BOUNDARY else np.concatenate([[BOUNDARY], ids])
     wrong = ids[1:][(ids[1:] < 0) | (ids[1:] >= BOUNDARY)]

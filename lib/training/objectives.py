@@ -1,22 +1,10 @@
-"""Objectives: the cross-entropy of the next token, in chunks, so that logits (batch, length, vocabulary) never exist."""
+"""Objectives: the cross-entropy of the next token, in chunks: logits (batch, length, vocabulary) never exist."""
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
-
-
-def cross_entropy(hidden_BTE, embedding_VE, targets_BT, weights_BT, chunk: int, sharding: NamedSharding | None = None):
-    """The weighted sum of -log p(target), and the sum of the weights: their ratio is the mean loss, in nats.
-
-    Arguments as in `token_losses`; `weights_BT` is float32 (batch, length), 0 where a token does not count.
-
-    Returns:
-      Two float32 scalars.
-    """
-    losses_BT = token_losses(hidden_BTE, embedding_VE, targets_BT, chunk, sharding)
-    return (weights_BT * losses_BT).sum(), weights_BT.sum()
 
 
 def token_losses(hidden_BTE, embedding_VE, targets_BT, chunk: int, sharding: NamedSharding | None = None):

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from striate.lib.ngrams import ngram_ids
 
 ORDERS = (1, 2, 4)

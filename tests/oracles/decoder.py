@@ -6,11 +6,12 @@ import numpy as np
 def hidden_states(params, config, inputs, tokens, ngrams, visible) -> np.ndarray:
     """(T, width) for one row: `inputs` (T,), `tokens` of shape (1, T), `ngrams` (T, O), `visible` (T, S) per layer."""
     params = _float64(params)
-    x = params["embedding"][inputs] * np.sqrt(config.width)
+    first, second = np.split(params["embedding"][inputs], 2, axis=1)
+    x = np.concatenate([second, first], axis=1) * 2 * np.sqrt(config.width)
     if config.ngram_orders:
         table, projection = params["ngrams"]["table"], params["ngrams"]["projection"]
         found = [table[i * config.ngram_buckets + ngrams[:, i]] for i in range(len(config.ngram_orders))]
-        x = x + np.concatenate(found, axis=1) @ projection
+        x = (x + np.concatenate(found, axis=1) @ projection) / np.sqrt(2)
     position = np.asarray(tokens.position[0], np.float64)
     for number in range(config.layers):
         repeat, place = divmod(number, len(config.pattern))

@@ -1,10 +1,13 @@
 """Decoding through the cache, whatever is fed at a time, equals one forward pass over the whole text."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+
 from striate.lib.ngrams import ngram_ids
 from striate.lib.tokens import Tokens
 from striate.models.decoder import Decoder, DecoderConfig, Layer, empty_cache
@@ -21,6 +24,7 @@ CONFIG = DecoderConfig(
     ngram_orders=(2, 3),
     ngram_buckets=50,
     ngram_width=8,
+    implementation="reference",
 )
 
 
@@ -45,12 +49,21 @@ def decode(config, variables, batch, pieces):
     return jnp.concatenate(found, axis=1), cache
 
 
-@pytest.mark.parametrize("pieces", [(LENGTH,), (1,) * LENGTH, (9,) + (1,) * (LENGTH - 9), (7, 12, 5)])
-def test_any_pieces_give_the_logits_of_one_forward_pass(pieces):
+@pytest.mark.parametrize(
+    ("pieces", "implementation"),
+    [
+        ((LENGTH,), "reference"),
+        ((1,) * LENGTH, "reference"),
+        ((9,) + (1,) * (LENGTH - 9), "xla"),
+        ((7, 12, 5), "reference"),
+    ],
+)
+def test_any_pieces_give_the_logits_of_one_forward_pass(pieces, implementation):
     variables, *batch = example()
-    decoder = Decoder(CONFIG)
+    config = dataclasses.replace(CONFIG, implementation=implementation)
+    decoder = Decoder(config)
     expected = decoder.apply(variables, decoder.apply(variables, *batch), method="logits")
-    logits = decoder.apply(variables, decode(CONFIG, variables, batch, pieces)[0], method="logits")
+    logits = decoder.apply(variables, decode(config, variables, batch, pieces)[0], method="logits")
     np.testing.assert_allclose(logits, expected, atol=1e-4 * np.abs(expected).max(), rtol=0)
 
 
