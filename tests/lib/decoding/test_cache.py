@@ -1,6 +1,7 @@
 """Decoding through the cache, whatever is fed at a time, equals one forward pass over the whole text."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -28,22 +29,27 @@ CONFIG = DecoderConfig(
 )
 
 
-def example(config=CONFIG):
+@functools.cache
+def example():
     """(variables, inputs, tokens, n-gram ids)."""
     inputs = np.random.default_rng(0).integers(0, 257, (2, LENGTH)).astype(np.int32)
     tokens = Tokens.arange(2, LENGTH)
-    ngrams = ngram_ids(inputs, np.asarray(tokens.document), config.ngram_orders, config.ngram_buckets)
-    variables = nn.unbox(Decoder(config).init(jax.random.key(0), inputs, tokens, ngrams))
+    ngrams = ngram_ids(inputs, np.asarray(tokens.document), CONFIG.ngram_orders, CONFIG.ngram_buckets)
+    variables = nn.unbox(jax.jit(Decoder(CONFIG).init)(jax.random.key(0), inputs, tokens, ngrams))
     return variables, inputs, tokens, ngrams
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def step(config, variables, batch, cache=None):
+    return Decoder(config).apply(variables, *batch, cache)
 
 
 def decode(config, variables, batch, pieces):
     """Hidden states of `batch`, fed in pieces of these lengths, and the cache at the end."""
-    step = jax.jit(lambda cache, batch: Decoder(config).apply(variables, *batch, cache))
     cache, found, start = empty_cache(config, 2, LENGTH + 8), [], 0
     for length in pieces:
         piece = jax.tree.map(lambda x, start=start, end=start + length: x[:, start:end], batch)
-        hidden, cache = step(cache, piece)
+        hidden, cache = step(config, variables, piece, cache)
         found.append(hidden)
         start += length
     return jnp.concatenate(found, axis=1), cache
@@ -61,9 +67,8 @@ def decode(config, variables, batch, pieces):
 def test_any_pieces_give_the_logits_of_one_forward_pass(pieces, implementation):
     variables, *batch = example()
     config = dataclasses.replace(CONFIG, implementation=implementation)
-    decoder = Decoder(config)
-    expected = decoder.apply(variables, decoder.apply(variables, *batch), method="logits")
-    logits = decoder.apply(variables, decode(config, variables, batch, pieces)[0], method="logits")
+    whole, pieced = step(config, variables, batch), decode(config, variables, batch, pieces)[0]
+    expected, logits = (Decoder(config).apply(variables, hidden, method="logits") for hidden in (whole, pieced))
     np.testing.assert_allclose(logits, expected, atol=1e-4 * np.abs(expected).max(), rtol=0)
 
 

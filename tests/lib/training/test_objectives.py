@@ -58,7 +58,7 @@ def check(got, arrays):
     np.testing.assert_allclose(d_embedding, true_d_embedding, atol=2e-5)
 
 
-@pytest.mark.parametrize("chunk", [1, 48, 64, 128, 1000])
+@pytest.mark.parametrize("chunk", [1, 48, 1000])
 def test_value_and_gradients_are_those_of_the_truth(chunk):
     arrays = example()
     check(value_and_gradients(chunk)(*arrays), arrays)
@@ -98,11 +98,10 @@ def on_mesh(shape, arrays):
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 8, 1), (2, 1, 4, 1), (1, 2, 2, 2)])
-@pytest.mark.parametrize("chunk", [12, 64])
-def test_any_mesh_gives_the_same(shape, chunk):
+def test_any_mesh_gives_the_same(shape):
     arrays = example()
     sharding, sharded = on_mesh(shape, arrays)
-    check(value_and_gradients(chunk, sharding)(*sharded), arrays)
+    check(value_and_gradients(12, sharding)(*sharded), arrays)
 
 
 def collectives(function, arrays) -> list[tuple[str, int, bool]]:
