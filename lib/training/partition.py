@@ -90,8 +90,13 @@ def make_mesh(config: MeshConfig) -> Mesh:
 
 def simulate(count: int) -> None:
     """Asks for `count` devices, should the CPU be what runs; XLA_FLAGS or an earlier use of JAX has precedence."""
-    if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "") or jax.distributed.is_initialized():
+    flags = os.environ.get("XLA_FLAGS", "")
+    if count == 1 or "xla_force_host_platform_device_count" in flags or jax.distributed.is_initialized():
         return
+    # Devices that share a few cores may wait for each other for minutes; XLA takes 40 s for a deadlock and aborts.
+    if "xla_cpu_collective_call" not in flags:
+        patience = [f"--xla_cpu_collective_call_{end}_timeout_seconds=3600" for end in ("warn_stuck", "terminate")]
+        os.environ["XLA_FLAGS"] = " ".join([*patience, flags])
     with contextlib.suppress(RuntimeError):  # the backend has started; make_mesh counts what there is
         jax.config.update("jax_num_cpu_devices", max(count, jax.config.jax_num_cpu_devices))
 
