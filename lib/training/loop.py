@@ -85,31 +85,34 @@ def train(experiment) -> Result:
         return _Training(experiment, mesh, source, directory).run()
 
 
-def evaluate(directory: str | Path) -> Evaluation:
-    """Measures the newest checkpoint of a run on all of its held-out text, and prints it beside xz -9."""
-    experiment, program, params = restore(Path(directory))
+def evaluate(directory: str | Path, best: bool = False) -> Evaluation:
+    """Measures the newest (or best) checkpoint of a run on all of its held-out text, and prints it beside xz -9."""
+    experiment, program, params = restore(Path(directory), best)
     source = data.open_source(experiment.data)
     evaluation = held_out_loss(program, params, source, partition.layout(experiment.mesh))
     report.Report().held_out(evaluation.bits_per_byte, xz_bits_per_byte(source.held_out_bytes()))
     return evaluation
 
 
-def generate(
-    directory: str | Path, prompt: str, steps: int, temperature: float = 0.8, top_p: float = 0.95, seed: int = 0
-) -> str:
-    """Continues a prompt with the newest checkpoint of a run; arguments and errors as in decoding.sample.generate."""
-    experiment, _, params = restore(Path(directory))
-    return continued(experiment.model, params, prompt, steps, temperature=temperature, top_p=top_p, seed=seed)
+def generate(directory: str | Path, prompt: str, steps: int, best: bool = False, **settings) -> str:
+    """Continues a prompt with the newest (or best) checkpoint of a run.
+
+    Args:
+      settings: temperature, top_p and seed of decoding.sample.generate, which also says what it raises.
+    """
+    experiment, _, params = restore(Path(directory), best)
+    return continued(experiment.model, params, prompt, steps, **settings)
 
 
 def continued(model: DecoderConfig, params, prompt: str, steps: int, **settings) -> str:
-    """What the model writes after a prompt, computed on one device."""
+    """What the model writes after a prompt, computed on one device; nothing in it can control a terminal."""
     ids = sample.generate(model, jax.device_get(params), encode(prompt), steps, **settings)
-    return decode(ids).decode(errors="replace")
+    text = decode(ids).decode(errors="replace")
+    return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
-def restore(directory: Path) -> tuple[SimpleNamespace, Program, Any]:
-    """The newest whole checkpoint of a run, on the run's mesh, or on one device where there are too few.
+def restore(directory: Path, best: bool = False) -> tuple[SimpleNamespace, Program, Any]:
+    """The newest (or best) whole checkpoint of a run, on the run's mesh, or on one device where there are too few.
 
     Returns:
       (its experiment with the mesh used, the program, the parameters).
@@ -125,7 +128,7 @@ def restore(directory: Path) -> tuple[SimpleNamespace, Program, Any]:
         mesh = partition.make_mesh(experiment.mesh)
     program = Program(experiment, mesh)
     with Checkpoints(directory / runs.CHECKPOINTS, writable=False) as checkpoints:
-        restored = checkpoints.restore(program.state)
+        restored = checkpoints.restore(program.state, best)
     if restored is None:
         raise UserError(f"The run {directory} has no checkpoint yet: train it for longer.")
     return experiment, program, restored.state.params

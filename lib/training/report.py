@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -31,7 +33,7 @@ class Report:
     def before(self, experiment, program: Program, source, layout) -> None:
         """The config, the text, the parameters and where they lie, the mesh and what its layout promises."""
         self._table("experiment", _config_rows(experiment))
-        self._table("text", ([name, _readable(value)] for name, value in source.summary.items()))
+        self._table("text", ([name, _grouped(value)] for name, value in source.summary.items()))
         header = ["parameter", "axes, and what cuts them", "numbers", "on a device"]
         self._table(None, _parameter_rows(program.state), header)
         mesh = ", ".join(f"{axis} {size}" for axis, size in program.mesh.shape.items())
@@ -40,9 +42,11 @@ class Report:
 
     def memory(self, program: Program) -> None:
         """Compiles the step, and prints what it needs on each device."""
+        start = time.perf_counter()
         with self._console.status("compiling the step"):
             plan = program.train.memory_analysis()
-        if plan is None:
+        self.say(f"The step was compiled in {time.perf_counter() - start:.0f} s.\n")
+        if plan is None:  # not every device tells
             return
         params, held = _device_bytes(program.state.params), _device_bytes(program.state)
         rows = [
@@ -112,19 +116,22 @@ class _Progress:
 
 def _config_rows(experiment) -> Iterator[list[str]]:
     for room, fields in runs.as_json(experiment).items():
-        yield [room, ", ".join(f"{name} {value}" for name, value in fields.items())]
+        yield [room, ", ".join(f"{name} {_readable(value)}" for name, value in fields.items())]
 
 
 def _parameter_rows(state) -> Iterator[list[str]]:
-    """One row per parameter, the layers below a row for their place in the pattern."""
-    place = ""
+    """One row per parameter; places of the pattern that are alike are shown once, below the first and the last."""
+    places = {}
     for path, leaf in jax.tree.leaves_with_path(state.params):
         parts = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
         cut = 2 if len(parts) > 3 else 0
-        if cut and "/".join(parts[:cut]) != place:
-            place = "/".join(parts[:cut])
-            yield [place, "", "", ""]
-        yield ["  " * bool(cut) + "/".join(parts[cut:]), _axes(leaf), f"{leaf.size:,}", _bytes(_device_bytes(leaf))]
+        row = ["  " * bool(cut) + "/".join(parts[cut:]), _axes(leaf), f"{leaf.size:,}", _bytes(_device_bytes(leaf))]
+        places.setdefault("/".join(parts[:cut]), []).append(row)
+    for rows, alike in itertools.groupby(places, key=places.get):
+        first, *others = alike
+        if first:
+            yield [f"{first} .. {others[-1].split('/')[-1]}" if others else first, "", "", ""]
+        yield from rows
     for name, tree in (("all parameters", state.params), ("optimiser state", state.opt_state)):
         numbers = sum(leaf.size for leaf in jax.tree.leaves(tree))
         yield [name, "", f"{numbers:,}", _bytes(_device_bytes(tree))]
@@ -159,5 +166,14 @@ def _bytes(count: int) -> str:
     return f"{count / 1024**power:.3g} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"
 
 
-def _readable(value) -> str:
+def _grouped(value) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _readable(value) -> str:
+    """A value of a config or a summary, without the punctuation of JSON."""
+    if isinstance(value, list):
+        return f"({', '.join(map(_readable, value))})"
+    if isinstance(value, dict):
+        return " ".join(map(_readable, value.values()))
+    return repr(value) if isinstance(value, str) else str(value)
