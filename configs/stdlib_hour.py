@@ -1,4 +1,7 @@
-"""The model of configs/stdlib.py made larger, context 8192: one hour on two cores."""
+"""The model of configs/stdlib.py made larger, at context 8192; 1500 steps, sized for an hour on two cores.
+
+striate train configs/stdlib_hour.py
+"""
 
 from striate.configs.schema import Experiment
 from striate.lib.training.data import DataConfig
