@@ -137,14 +137,13 @@ def test_every_package_is_listed():
 
 def test_every_import_is_a_declared_dependency():
     declared = {canonical(re.match(r"[\w.-]+", line)[0]) for line in PROJECT["project"]["dependencies"]}
-    found = []
+    distributions, found = importlib.metadata.packages_distributions(), []
     for path in package_files():
         for node in ast.walk(ast.parse(path.read_text())):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []
             for package in {name.partition(".")[0] for name in names} - sys.stdlib_module_names - {"striate"}:
-                distributions = importlib.metadata.packages_distributions().get(package, [package])
-                if not declared.intersection(map(canonical, distributions)):
+                if not declared.intersection(map(canonical, distributions.get(package, [package]))):
                     found.append(
                         f"{path.relative_to(ROOT)}:{node.lineno} imports {package}, which pyproject.toml lacks"
                     )

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import pytest
 from flax import linen as nn
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -65,6 +66,7 @@ def test_on_one_device_it_is_linear_in_the_length():
     assert attention_bytes(8192, implementation="reference") > 15 * attention_bytes(2048, implementation="reference")
 
 
+@pytest.mark.long
 def test_a_layer_under_a_ring_does_not_grow_with_the_devices():
     two, eight = (layer_bytes(Ring(mesh(shards)), 512 * shards) for shards in (2, 8))
     assert eight < 1.1 * two

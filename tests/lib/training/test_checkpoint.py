@@ -127,6 +127,7 @@ def test_a_flipped_bit_is_found_and_the_step_before_is_taken(directory, where, c
     assert capfd.readouterr().err == ""
 
 
+@pytest.mark.long
 def test_whatever_bit_is_flipped_what_comes_back_is_what_was_saved(directory):
     save(directory, 1, 2)
     target, random = like(on(MESH, state_at(0))), np.random.default_rng(3)

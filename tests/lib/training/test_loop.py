@@ -97,6 +97,7 @@ def kill_often(start, experiment, kills, seed):
     jax.tree.map(np.testing.assert_array_equal, *(parameters(root / name, experiment) for name in ("killed", "whole")))
 
 
+@pytest.mark.long
 def test_a_killed_run_ends_bit_by_bit_like_one_that_was_not(start, experiment):
     kill_often(start, experiment, kills=2, seed=0)
 
@@ -122,6 +123,7 @@ def test_two_processes_of_four_devices_train_like_one_of_eight(start, experiment
         np.testing.assert_allclose(two, one, rtol=1e-4)
 
 
+@pytest.mark.long
 def test_a_stopped_run_is_saved_and_a_finished_one_left_alone(start, experiment):
     directory = runs.directory(experiment.run)
     process = start("--run.checkpoint-every", "1000")
@@ -157,6 +159,7 @@ def trained(experiment, change):
     return experiment, loop.train(experiment)
 
 
+@pytest.mark.long
 def test_a_run_is_evaluated_and_continued_from_its_directory_on_any_mesh(trained, capsys):
     experiment, result = trained
     directory = runs.directory(experiment.run)
