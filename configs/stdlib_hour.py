@@ -10,7 +10,7 @@ from striate.lib.training.optimiser import OptimiserConfig
 from striate.lib.training.partition import MeshConfig
 from striate.models.decoder import DecoderConfig, Layer
 
-NGRAMS = {"ngram_orders": (2, 3, 4, 5, 6), "ngram_buckets": 16384}
+NGRAMS = {"ngram_orders": (2, 3, 4, 5, 6, 8), "ngram_buckets": 65536}
 LOCAL = Layer(mask="window(255) & same('document')")
 GLOBAL = Layer(mask="causal() & same('document')")
 

@@ -126,9 +126,14 @@ class NgramEmbedding(nn.Module):
     @nn.compact
     def __call__(self, ids_BTO: jax.Array) -> jax.Array:
         orders = ids_BTO.shape[-1]
-        table = weight(self, "table", (orders * self.buckets, self.table_width), ("ngram", "embed"), 1.0)
+        initialise = nn.with_logical_partitioning(nn.initializers.normal(1.0), ("ngram", "embed"))
+        table = self.param("table", initialise, (orders * self.buckets, self.table_width), jnp.float32)
+        # The ids go to where the columns of the table lie, and only what they name comes back: the table, and what is
+        # larger, its gradient, is never whole on a device.
+        ids_BTO = nn.with_logical_constraint(ids_BTO, ("copies", None, None))
         rows_BTO = ids_BTO + self.buckets * jnp.arange(orders, dtype=ids_BTO.dtype)[None, None]
-        found_BTF = table[rows_BTO].reshape(*ids_BTO.shape[:2], orders * self.table_width)
+        found_BTOF = nn.with_logical_constraint(table[rows_BTO], ("copies", None, None, "embed")).astype(self.dtype)
+        found_BTOF = nn.with_logical_constraint(found_BTOF, ("batch", "length", None, None))
         shape = (orders * self.table_width, self.width)
         projection = weight(self, "projection", shape, (None, "embed"), shape[0] ** -0.5)
-        return found_BTF @ projection
+        return found_BTOF.reshape(*ids_BTO.shape[:2], shape[0]) @ projection

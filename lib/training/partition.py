@@ -21,6 +21,7 @@ AXES = ("data", "fsdp", "sequence", "tensor")
 
 RULES = (
     ("batch", ("data", "fsdp")),
+    ("copies", "data"),
     ("length", "sequence"),
     ("vocabulary", "tensor"),
     ("heads", "tensor"),
