@@ -50,8 +50,8 @@ class Unskipped(masks.Mask):
     def __init__(self, mask: masks.Mask):
         self.mask = mask
 
-    query_fields = property(lambda self: self.mask.query_fields)
-    key_fields = property(lambda self: self.mask.key_fields)
+    query_reads = property(lambda self: self.mask.query_reads)
+    key_reads = property(lambda self: self.mask.key_reads)
 
     def tile(self, query, key):
         return self.mask.tile(query, key)

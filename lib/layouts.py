@@ -60,24 +60,31 @@ class Layout:
         """Tiles of each verdict for every ring step and device, predicted from block summaries on the host.
 
         Args:
-          mask: the formula.
+          mask: the formula; the heads of one with switches per head are added up.
           tokens: concrete Tokens of the self-attention, natural order; the rows of the batch are added up.
           tile: (query, key) tile lengths; a shard that is no multiple of them ends in shorter tiles.
         """
         tokens = self.permute(jax.tree.map(np.asarray, tokens))
         mask.check(tokens, tokens)
-        query = _summaries(tokens.as_queries(), self.shards, tile[0])
-        key = _summaries(tokens, self.shards, tile[1])
-        shape = (tokens.shape[0], query["position"][0].shape[-1], key["position"][0].shape[-1])
+        if mask.heads:
+            return Work(sum(self._counts(mask.head(head), tokens, tile) for head in range(mask.heads)))
+        return Work(self._counts(mask, tokens, tile))
+
+    def _counts(self, mask: Mask, tokens: Tokens, tile: tuple[int, int]) -> np.ndarray:
+        """int (steps, devices, 3), as in Work, of Tokens in the order of the layout."""
+        query_blocks = _blocks(tokens.as_queries(), self.shards, tile[0])
+        key_blocks = _blocks(tokens, self.shards, tile[1])
+        shape = (tokens.shape[0], query_blocks["position"].shape[2], key_blocks["position"].shape[2])
+        query, key = mask.query_summaries(query_blocks), mask.key_summaries(key_blocks)
         counts = np.zeros((self.shards, self.shards, 3), np.int64)
         for device in range(self.shards):
+            q = {read: x[:, device, :, None] for read, x in query.items()}
             for step in range(self.shards):
-                q = {name: (low[:, device, :, None], high[:, device, :, None]) for name, (low, high) in query.items()}
                 born = (device - step) % self.shards
-                k = {name: (low[:, born, None, :], high[:, born, None, :]) for name, (low, high) in key.items()}
+                k = {read: x[:, born, None, :] for read, x in key.items()}
                 verdict = np.broadcast_to(mask.verdict(q, k), shape)
                 counts[step, device] = [(verdict == kind).sum() for kind in (NONE, MIXED, ALL)]
-        return Work(counts)
+        return counts
 
 
 @dataclass(frozen=True)
@@ -158,11 +165,11 @@ class Work:
         return self.ideal / max(self.critical_path, 1)
 
 
-def _summaries(tokens: Tokens, shards: int, tile: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """(least, greatest) of every field for every tile: each (batch, shards, tiles)."""
-    summaries = {}
+def _blocks(tokens: Tokens, shards: int, tile: int) -> dict[str, np.ndarray]:
+    """Every field as (batch, shards, tiles, tile); a last shorter tile repeats its last token."""
+    blocks = {}
     for name, value in tokens.fields().items():
         value = value.reshape(value.shape[0], shards, -1)
-        starts = np.arange(0, value.shape[-1], tile)
-        summaries[name] = np.minimum.reduceat(value, starts, -1), np.maximum.reduceat(value, starts, -1)
-    return summaries
+        value = np.pad(value, ((0, 0), (0, 0), (0, -value.shape[-1] % tile)), mode="edge")
+        blocks[name] = value.reshape(value.shape[0], shards, -1, tile)
+    return blocks

@@ -4,8 +4,8 @@ A formula is built from atoms and is closed under `&`, `|` and `~`. It has three
 
   dense    the (batch, T, S) array of booleans: the oracle, and what small problems print
   tile     the same booleans for one tile, from the query column and the key row of each field it reads
-  verdict  for a whole block, from the least and the greatest value of each field: NONE (no pair is visible), ALL, or
-           MIXED. Kleene logic: a verdict of NONE or ALL is always right, MIXED may be pessimistic
+  verdict  for a whole block, from summaries of each field: NONE (no pair is visible), ALL, or MIXED. Kleene logic: a
+           verdict of NONE or ALL is always right, MIXED may be pessimistic
 
 The meaning depends on the Tokens alone, hence for any orders P of the queries and R of the keys
 mask(q[P], k[R]) == mask(q, k)[P][:, R]: a permuted layout needs no new masks.
@@ -22,12 +22,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from numbers import Integral
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 
 from striate.lib.errors import UserError
 from striate.lib.tokens import Tokens
 
 NONE, MIXED, ALL = -1, 0, 1
+
+Read = tuple
+"""A summary of a field over a block: (reduction, field), the reduction being "least" or "greatest"."""
 
 
 class Mask:
@@ -43,29 +48,74 @@ class Mask:
         return Not(self)
 
     @property
+    def query_reads(self) -> frozenset[Read]:
+        """The summaries of query blocks that a verdict needs."""
+        raise NotImplementedError
+
+    @property
+    def key_reads(self) -> frozenset[Read]:
+        """The summaries of key blocks that a verdict needs."""
+        raise NotImplementedError
+
+    @property
     def query_fields(self) -> frozenset[str]:
         """The fields of the query tokens that the formula reads."""
-        raise NotImplementedError
+        return frozenset(field for _, field, *_ in self.query_reads)
 
     @property
     def key_fields(self) -> frozenset[str]:
         """The fields of the key tokens that the formula reads."""
-        raise NotImplementedError
+        return frozenset(field for _, field, *_ in self.key_reads)
 
     @property
     def fields(self) -> frozenset[str]:
         return self.query_fields | self.key_fields
 
+    @property
+    def heads(self) -> int | None:
+        """The number of heads that the formula tells apart; None where it is the same for all."""
+        return None
+
+    def head(self, index: int) -> Mask:
+        """The formula of one head."""
+        return self
+
+    def for_heads(self, heads: int) -> tuple[Mask, ...]:
+        """The formulas of all heads.
+
+        Raises:
+          UserError: the formula tells another number of heads apart.
+        """
+        if self.heads not in (None, heads):
+            raise UserError(f"The mask {self} is for {self.heads} heads, and here are {heads}: make the numbers agree.")
+        return tuple(self.head(index) for index in range(heads))
+
     def tile(self, query: Mapping, key: Mapping):
-        """Visibility for arrays that broadcast: fields of `query` as (..., q, 1), of `key` as (..., 1, k)."""
+        """Visibility from fields of `query` as (..., q, 1) and of `key` as (..., 1, k); broadcasts to (..., q, k)."""
         raise NotImplementedError
 
+    def query_summaries(self, blocks: Mapping) -> dict[Read, jax.Array]:
+        """What a verdict needs to know of blocks of queries: a pytree of int32 arrays (...).
+
+        Args:
+          blocks: fields (..., n) of Tokens as_queries, n tokens to a block; those that the formula reads, or more.
+        """
+        return {read: _summary(blocks, *read) for read in self.query_reads}
+
+    def key_summaries(self, blocks: Mapping) -> dict[Read, jax.Array]:
+        """What a verdict needs to know of blocks of keys: a pytree of int32 arrays (...); `blocks` as for queries."""
+        return {read: _summary(blocks, *read) for read in self.key_reads}
+
     def bounds(self, query: Mapping, key: Mapping):
-        """(none, all): booleans for blocks, each field given as a pair (least, greatest) of arrays that broadcast."""
+        """(none, all): booleans for blocks, from their summaries; the leaves of `query` and `key` broadcast."""
         raise NotImplementedError
 
     def verdict(self, query: Mapping, key: Mapping):
-        """NONE, MIXED or ALL (int8) for blocks, each field given as a pair (least, greatest)."""
+        """NONE, MIXED or ALL (int8) for blocks, from `query_summaries` and `key_summaries`.
+
+        The leaves of the two broadcast: expand them first, as in jax.tree.map(lambda x: x[:, :, None], query). The
+        result broadcasts to the blocks: a side that decides nothing adds no axis.
+        """
         none, all_ = self.bounds(query, key)
         return (all_ * 1 - none * 1).astype("int8")
 
@@ -97,21 +147,20 @@ class Difference(Mask):
     high: int | None = None
 
     @property
-    def query_fields(self):
-        return frozenset({self.query_field} - {None})
+    def query_reads(self):
+        return _extent(self.query_field)
 
     @property
-    def key_fields(self):
-        return frozenset({self.key_field} - {None})
+    def key_reads(self):
+        return _extent(self.key_field)
 
     def tile(self, query, key):
-        difference = _field(query, self.query_field, 0) - _field(key, self.key_field, 0)
+        difference = _field(query, self.query_field) - _field(key, self.key_field)
         return (difference >= _or(self.low, difference)) & (difference <= _or(self.high, difference))
 
     def bounds(self, query, key):
-        query_low, query_high = _field(query, self.query_field, (0, 0))
-        key_low, key_high = _field(key, self.key_field, (0, 0))
-        least, greatest = query_low - key_high, query_high - key_low
+        least = _read(query, "least", self.query_field) - _read(key, "greatest", self.key_field)
+        greatest = _read(query, "greatest", self.query_field) - _read(key, "least", self.key_field)
         none = (greatest < _or(self.low, greatest)) | (least > _or(self.high, least))
         all_ = (least >= _or(self.low, least)) & (greatest <= _or(self.high, greatest))
         return none, all_
@@ -139,18 +188,16 @@ class Constant(Mask):
     """Every pair, or no pair."""
 
     value: bool
-    query_fields = key_fields = frozenset()
+    query_reads = key_reads = frozenset()
 
     def __invert__(self):
         return Constant(not self.value)
 
     def tile(self, query, key):
-        example = next(iter(query.values())) - next(iter(key.values()))
-        return (example == example) & self.value
+        return np.bool_(self.value)
 
     def bounds(self, query, key):
-        visible = self.tile({n: low for n, (low, _) in query.items()}, {n: low for n, (low, _) in key.items()})
-        return ~visible, visible
+        return np.bool_(not self.value), np.bool_(self.value)
 
     def __repr__(self):
         return "everything()" if self.value else "nothing()"
@@ -163,12 +210,12 @@ class And(Mask):
     terms: tuple[Mask, ...]
 
     @property
-    def query_fields(self):
-        return frozenset().union(*(term.query_fields for term in self.terms))
+    def query_reads(self):
+        return frozenset().union(*(term.query_reads for term in self.terms))
 
     @property
-    def key_fields(self):
-        return frozenset().union(*(term.key_fields for term in self.terms))
+    def key_reads(self):
+        return frozenset().union(*(term.key_reads for term in self.terms))
 
     def tile(self, query, key):
         first, *rest = (term.tile(query, key) for term in self.terms)
@@ -196,12 +243,12 @@ class Not(Mask):
         return self.term
 
     @property
-    def query_fields(self):
-        return self.term.query_fields
+    def query_reads(self):
+        return self.term.query_reads
 
     @property
-    def key_fields(self):
-        return self.term.key_fields
+    def key_reads(self):
+        return self.term.key_reads
 
     def tile(self, query, key):
         return ~self.term.tile(query, key)
@@ -243,8 +290,20 @@ def _intersect(left: Mask, right: Mask) -> Mask:
     return Difference(left.query_field, left.key_field, low, high)
 
 
-def _field(values: Mapping, name: str | None, zero):
-    return zero if name is None else values[name]
+def _summary(blocks: Mapping, reduction: str, field: str):
+    return blocks[field].min(-1) if reduction == "least" else blocks[field].max(-1)
+
+
+def _extent(field: str | None) -> frozenset[Read]:
+    return frozenset() if field is None else frozenset({("least", field), ("greatest", field)})
+
+
+def _read(summaries: Mapping, reduction: str, field: str | None):
+    return 0 if field is None else summaries[reduction, field]
+
+
+def _field(values: Mapping, name: str | None):
+    return 0 if name is None else values[name]
 
 
 def _or(bound, fallback):

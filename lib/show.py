@@ -163,15 +163,14 @@ def make_layouts(shards: int, tile: int, stripe: int | None = None) -> dict[str,
 
 def verdicts(mask: masks.Mask, tokens: Tokens, block: int) -> np.ndarray:
     """int8 (queries, keys) of NONE, MIXED, ALL for blocks of one row of Tokens, in the order they are in."""
-    starts = np.arange(0, tokens.shape[1], block)
 
-    def ends(tokens, shape):
-        fields = {name: value[0] for name, value in tokens.fields().items()}
-        both = np.minimum, np.maximum
-        return {n: tuple(end.reduceat(x, starts).reshape(shape) for end in both) for n, x in fields.items()}
+    def blocks(tokens):
+        missing = -tokens.shape[1] % block  # a last shorter block repeats its last token
+        return {name: np.pad(x[0], (0, missing), "edge").reshape(-1, block) for name, x in tokens.fields().items()}
 
-    verdict = mask.verdict(ends(tokens.as_queries(), (-1, 1)), ends(tokens, (1, -1)))
-    return np.broadcast_to(verdict, (len(starts), len(starts)))
+    query = jax.tree.map(lambda x: x[:, None], mask.query_summaries(blocks(tokens.as_queries())))
+    key = jax.tree.map(lambda x: x[None, :], mask.key_summaries(blocks(tokens)))
+    return np.broadcast_to(mask.verdict(query, key), (-(-tokens.shape[1] // block),) * 2)
 
 
 def picture(mask: masks.Mask, tokens: Tokens, cells: int) -> tuple[np.ndarray, int]:

@@ -33,15 +33,13 @@ def meaning(formula, q_tokens, k_tokens) -> np.ndarray:
 def wrong_verdicts(mask, visible, q_tokens, k_tokens, tile) -> tuple[list, float]:
     """(blocks whose verdict of NONE or ALL is not true, share of the blocks that are pure and were called MIXED)."""
 
-    def summaries(tokens, size, axis):
-        starts = np.arange(0, tokens.shape[1], size)
-        least_greatest = (np.minimum.reduceat, np.maximum.reduceat)
-        return {
-            name: tuple(np.expand_dims(reduce(x, starts, 1), axis) for reduce in least_greatest)
-            for name, x in tokens.fields().items()
-        }
+    def blocks(tokens, size):
+        missing = -tokens.shape[1] % size
+        padded = {name: np.pad(x, ((0, 0), (0, missing)), "edge") for name, x in tokens.fields().items()}
+        return {name: x.reshape(len(x), -1, size) for name, x in padded.items()}
 
-    q, k = summaries(q_tokens.as_queries(), tile[0], 2), summaries(k_tokens, tile[1], 1)
+    q = jax.tree.map(lambda x: x[:, :, None], mask.query_summaries(blocks(q_tokens.as_queries(), tile[0])))
+    k = jax.tree.map(lambda x: x[:, None, :], mask.key_summaries(blocks(k_tokens, tile[1])))
     starts = np.arange(0, visible.shape[1], tile[0]), np.arange(0, visible.shape[2], tile[1])
     some = np.logical_or.reduceat(np.logical_or.reduceat(visible, starts[0], 1), starts[1], 2)
     every = np.logical_and.reduceat(np.logical_and.reduceat(visible, starts[0], 1), starts[1], 2)
@@ -74,7 +72,10 @@ class Overconfident(masks.Difference):
     """A Difference that looks at the least values only."""
 
     def bounds(self, query, key):
-        return super().bounds({n: (x, x) for n, (x, _) in query.items()}, {n: (x, x) for n, (x, _) in key.items()})
+        def least(summaries):
+            return {(reduction, field): summaries["least", field] for reduction, field in summaries}
+
+        return super().bounds(least(query), least(key))
 
 
 def test_a_wrong_verdict_is_found():
