@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from oracles import papers
 from oracles.formulas import as_columns, as_rows, random_formula, random_tokens
 from striate import Tokens, UserError, masks
 from striate.lib.masks import ALL, MIXED, NONE
@@ -255,6 +256,21 @@ def test_tables_and_modulos_of_the_same_fields_are_fused():
     assert every(0) & ~every(1) == every(0) == ~every(1) & every(0)
     assert ~every(0, 2) == every(1, 2) and every(0, 2) | every(1, 2) == every(5, 1) == masks.everything()
     assert isinstance(every(0, 3) & every(0, 5), masks.And) and isinstance(~every(0) & ~every(1), masks.And)
+
+
+@pytest.mark.parametrize("named", (*papers.MASKS, *papers.PER_HEAD), ids=lambda named: named.name)
+def test_masks_of_published_systems(named):
+    rng, mask = np.random.default_rng(0), named.mask
+    assert masks.parse(str(mask)) == mask
+    for _ in range(5):
+        tokens, tile = named.tokens(rng, batch=2, length=64), rng.integers(2, 17, size=2)
+        visible = named.visible(tokens, tokens)
+        assert visible.any() and not visible.all()
+        for head, one in enumerate(mask.for_heads(mask.heads or 1)):
+            meant = visible if mask.heads is None else visible[:, head]
+            np.testing.assert_array_equal(one.dense(tokens, tokens), meant)
+            assert not judge(one, meant, tokens, tokens, tile)[0]
+            assert not any(judge(one, meant, tokens, tokens, (1, 1))[::2])
 
 
 HEADS = 3
