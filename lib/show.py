@@ -36,8 +36,9 @@ WIDEST = 96  # columns of a picture; a wider one does not fit the height of a sc
 SMALL = 64  # tokens in the picture of who owns which token
 DEVICES = "0123456789abcdefghijklmnopqrstuvwxyz"
 BALANCE = (
-    "none, some, all: tiles by what is visible. Path: tiles of the busiest device, step by step around the ring, "
-    "and their sum. Ideal: the same tiles shared out evenly. Gain: the contiguous path over this one."
+    "none, some, all: tiles by what is visible, added up where heads differ. Path: tiles of the busiest device, step "
+    "by step around the ring, and their sum. Ideal: the same tiles shared out evenly. Gain: the contiguous path over "
+    "this one."
 )
 TIMING = "Measured: seconds of the slowest device at each ring step, each alone, and their sum."
 WIDTH = 64  # of the head that is timed
@@ -65,7 +66,7 @@ class ShowMask:
     tile: int = 8
     """Tokens of a tile, in each direction."""
     png: Annotated[Path | None, arg(metavar="FILE")] = None
-    """Also draw the mask in every layout, to this file."""
+    """Also draw the mask in every layout, to this file; one whose heads differ is drawn head by head, in one layout."""
 
     def __call__(self) -> None:
         mask, tokens = masks.parse(self.formula), make_tokens(self.length, self.documents, self.field)
@@ -75,13 +76,19 @@ class ShowMask:
         permuted = layout.permute(tokens)
         work = predict(mask, tokens, layouts, self.tile)
         console = Console(highlight=False)
-        console.print(f"[bold]{mask}[/]   {self.length} tokens in the order {layout}")
-        views = token_view(mask, permuted, console), tile_view(mask, permuted, self.tile, console)
-        console.print(Columns([view for view in views if view]))
+        console.print(Text.assemble((str(mask), "bold"), f"   {self.length} tokens in the order {layout}"))
+        formulas = by_formula(mask)
+        for formula, heads in formulas.items():
+            if mask.heads:
+                console.print(Text.assemble(f"\n{heads}: ", (str(formula), "bold")))
+            views = token_view(formula, permuted, console), tile_view(formula, permuted, self.tile, console)
+            console.print(Columns([view for view in views if view]))
         console.print()
         console.print(balance(layouts, work))
         if self.png:
-            panels = {name: picture(mask, layouts[name].permute(tokens), 256)[0] for name in work}
+            panels = {heads: picture(formula, permuted, 256)[0] for formula, heads in formulas.items()}
+            if len(formulas) == 1:
+                panels = {name: picture(formula, layouts[name].permute(tokens), 256)[0] for name in work}
             console.print(f"wrote {plots.masks(panels, self.length, self.shards, str(mask), self.png)}")
 
 
@@ -114,7 +121,8 @@ class ShowLayout:
         layouts = make_layouts(self.shards, self.tile, self.stripe)
         work = predict(mask, tokens, layouts, self.tile)
         console = Console(highlight=False)
-        console.print(f"[bold]{mask}[/]   {self.length} tokens over {self.shards} devices, tiles of {self.tile}")
+        where = f"   {self.length} tokens over {self.shards} devices, tiles of {self.tile}"
+        console.print(Text.assemble((str(mask), "bold"), where))
         console.print(balance(layouts, work))
         owned = small_owners(layouts)
         console.print()
@@ -159,6 +167,21 @@ def make_layouts(shards: int, tile: int, stripe: int | None = None) -> dict[str,
     _positive(shards=shards, tile=tile, stripe=stripe)
     striped = {f"striped({width})": Striped(shards, width) for width in (1, stripe)}
     return {"contiguous": Contiguous(shards), **striped, "zigzag": ZigZag(shards)}
+
+
+def by_formula(mask: masks.Mask) -> dict[masks.Mask, str]:
+    """Each formula that a head of the mask has, and which heads have it, as in "heads 0, 2-5"."""
+    heads: dict[masks.Mask, list[int]] = {}
+    for head, formula in enumerate(mask.for_heads(mask.heads or 1)):
+        heads.setdefault(formula, []).append(head)
+    return {formula: _runs(same) for formula, same in heads.items()}
+
+
+def _runs(heads: list[int]) -> str:
+    starts = [head for head in heads if head - 1 not in heads]
+    ends = [head for head in heads if head + 1 not in heads]
+    runs = [f"{start}" if start == end else f"{start}-{end}" for start, end in zip(starts, ends, strict=True)]
+    return f"head{'s' if len(heads) > 1 else ''} {', '.join(runs)}"
 
 
 def verdicts(mask: masks.Mask, tokens: Tokens, block: int) -> np.ndarray:
@@ -252,12 +275,13 @@ def balance(layouts: Mapping[str, Layout], work: Mapping[str, Work]) -> Table:
 def measure(mask: masks.Mask, tokens: Tokens, layouts: Mapping[str, Layout], runs: int) -> dict[str, np.ndarray]:
     """Seconds[step, device] by layout: each device's share of each ring step, forward, alone on this machine.
 
-    A share is attention from the queries of one shard to the keys of another, in float32, one head of width WIDTH; the
-    best of some runs counts. One compiled program serves all shares, which skips what is hidden.
+    A share is attention from the queries of one shard to the keys of another, in float32, with one head of width WIDTH
+    or those that the mask tells apart; the best of some runs counts. One compiled program serves all shares, which
+    skips what is hidden.
     """
     shards = layouts["contiguous"].shards
     length = tokens.shape[1] // shards
-    arrays = jax.random.normal(jax.random.key(0), (3, 1, length, 1, WIDTH))
+    arrays = jax.random.normal(jax.random.key(0), (3, 1, length, mask.heads or 1, WIDTH))
 
     def share(query: Tokens, key: Tokens):
         return attention(*arrays, mask=mask, q_tokens=query, k_tokens=key)

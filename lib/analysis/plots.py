@@ -6,6 +6,7 @@ colour vision. matplotlib is imported by the first picture; its Figure without p
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
@@ -96,7 +97,8 @@ def masks(panels: Mapping[str, np.ndarray], length: int, shards: int, title: str
     shown = [kind for kind in VERDICT_COLOURS if any((verdicts == kind).any() for verdicts in panels.values())]
     patches = [Patch(color=VERDICT_COLOURS[kind], label=VERDICT_NAMES[kind]) for kind in shown]
     figure.legend(handles=patches, loc="outside lower center", ncols=len(shown), frameon=False, fontsize=8)
-    figure.suptitle(title, fontsize=11, family="monospace")
+    lines = textwrap.wrap(title, int(10 * figure.get_figwidth()), max_lines=3, placeholder=" ...")
+    figure.suptitle("\n".join(lines), fontsize=11, family="monospace")
     return _save(figure, path)
 
 

@@ -19,8 +19,9 @@ FORMULAS = [
     "~window(4) & (causal() | prefix()) & same('document')",
     "key('position', None, 3)",
     "nothing()",
+    "table('kind', 'kind', [[1, 0], [1, 1]]) | ~modulo('position', None, 5, 1)",
 ]
-TOKENS = show.make_tokens(48, (20, 7, 9), ("prefix=1,0,0",))
+TOKENS = show.make_tokens(48, (20, 7, 9), ("prefix=1,0,0", "kind=0,1,2,1"))
 
 
 def printed(renderable, **settings) -> str:
@@ -178,6 +179,27 @@ def test_show_mask_prints_all_of_it(capsys, monkeypatch):
     some = sum(block.any() for block in dense.reshape(8, 8, 8, 8).swapaxes(1, 2).reshape(64, 64))
     none, mixed, all_ = map(int, rows(output)["contiguous"][:3])
     assert none + mixed + all_ == 64 and mixed + all_ >= some
+
+
+def test_heads_that_differ_are_drawn_once_for_each_formula(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("COLUMNS", "120")
+    formula = "causal() & (switch([1, 0, 0, 0, 1, 0]) | window(3))"
+    assert main(["show", "mask", formula, "--length", "32", "--png", str(tmp_path / "heads.png")]) == 0
+    output = capsys.readouterr().out
+    assert "causal() & (switch([True, False, False, False, True, False]) | window(3))" in output
+    lines = output.splitlines()
+    first, second = lines.index("heads 0, 4: causal()"), lines.index("heads 1-3, 5: window(3)")
+    tokens = show.make_tokens(32)
+    for start, mask in ((first, masks.causal()), (second, masks.window(3))):
+        picture = [re.match(r"[│╭╰].*?[│╮╯]", line)[0] for line in lines[start + 1 : start + 19]]
+        np.testing.assert_array_equal(drawn("\n".join(picture)), mask.dense(tokens, tokens)[0])
+    some = [tiles.live.sum() for tiles in works(masks.causal(), masks.window(3))]
+    assert sum(map(int, rows(output)["contiguous"][1:3])) == 2 * some[0] + 4 * some[1]
+    assert (tmp_path / "heads.png").stat().st_size > 1000
+
+
+def works(*formulas: masks.Mask) -> list:
+    return [show.Contiguous(4).work(mask, show.make_tokens(32), (8, 8)) for mask in formulas]
 
 
 def test_a_layout_that_does_not_fit_is_left_out_with_its_reason(capsys, monkeypatch):
