@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from striate.lib import masks
+from striate.lib import masks, positions
 from striate.lib.attention import Parallel
 from striate.lib.decoding.cache import Cache, KeyValues
 from striate.lib.errors import UserError
@@ -23,10 +23,13 @@ REMAT = ("none", *_SAVED)
 
 @dataclass(frozen=True)
 class Layer:
-    """One place of the pattern: which mixer, under which mask (text, as `striate show mask` prints it)."""
+    """One place of the pattern: which mixer, under which mask, with which positions."""
 
     mixer: str = "attention"
     mask: str = "causal() & same('document')"
+    """Text, as `striate show mask` prints it."""
+    position: str = "Rope(theta=10000.0)"
+    """Text too: "NoPE()", "Rope(theta=500000.0, scaling=YaRN(factor=8.0, length=4096))", "XPos(span=(0, 4095))"."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,7 @@ class DecoderConfig:
     """A decoder-only transformer.
 
     Raises:
-      UserError: sizes that do not divide, an unknown choice, or a mask that cannot be read.
+      UserError: sizes that do not divide, an unknown choice, or a mask or a position that cannot be read.
     """
 
     vocabulary: int = 264
@@ -47,7 +50,6 @@ class DecoderConfig:
     """Width inside the feed-forward network."""
     pattern: tuple[Layer, ...] = (Layer(),)
     """Repeated down the stack."""
-    rope_theta: float = 10_000.0
     ngram_orders: tuple[int, ...] = ()
     """The n of the hashed n-grams embedded beside each token; empty for none."""
     ngram_buckets: int = 16_384
@@ -65,13 +67,13 @@ class DecoderConfig:
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; it has to be at least 1.")
         _divides("heads", self.heads, "kv_heads", self.kv_heads)
-        _divides("head_dim", self.head_dim, "the halves that rotary positions turn,", 2)
         if not self.pattern:
             raise UserError("pattern is empty; it needs at least one Layer().")
         _divides("layers", self.layers, "the length of the pattern,", len(self.pattern))
         for layer in self.pattern:
             _choice("mixer", layer.mixer, MIXERS)
             masks.parse(layer.mask)
+            positions.parse(layer.position).check(self.head_dim)
         _choice("remat", self.remat, REMAT)
         _choice("compute_dtype", self.compute_dtype, ("float32", "bfloat16"))
         if any(n < 1 for n in self.ngram_orders):
@@ -119,7 +121,7 @@ def _attention(config: DecoderConfig, layer: Layer, parallel: Parallel | None, n
         kv_heads=config.kv_heads,
         head_dim=config.head_dim,
         mask=masks.parse(layer.mask),
-        rope_theta=config.rope_theta,
+        position=positions.parse(layer.position),
         out_deviation=config.out_deviation,
         dtype=config.compute_dtype,
         implementation=config.implementation,

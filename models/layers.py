@@ -12,8 +12,9 @@ from flax import linen as nn
 from striate.lib import masks
 from striate.lib.attention import Parallel, attention
 from striate.lib.decoding.cache import KeyValues
+from striate.lib.errors import UserError
 from striate.lib.masks import Mask
-from striate.lib.positions import rope
+from striate.lib.positions import Position
 from striate.lib.tokens import Tokens
 
 
@@ -49,7 +50,7 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Softmax attention with grouped queries, rotary positions and normalised queries and keys.
+    """Softmax attention with grouped queries, and queries and keys that are normalised and told their positions.
 
     One product makes queries, keys and values: its output axis is (kv_heads, group + 2), the `group` queries of a
     key/value head beside its key and its value, so that it is cut over key/value heads as a whole.
@@ -59,7 +60,7 @@ class Attention(nn.Module):
     kv_heads: int
     head_dim: int
     mask: Mask
-    rope_theta: float
+    position: Position
     out_deviation: float
     dtype: str
     implementation: str | None = None
@@ -84,8 +85,8 @@ class Attention(nn.Module):
         qkv_BTKGD = jnp.einsum("bte,ekgd->btkgd", x_BTE, qkv)
         q_BTHD = qkv_BTKGD[:, :, :, :group].reshape(batch, length, self.heads, self.head_dim)
         k_BTKD, v_BTKD = qkv_BTKGD[:, :, :, group], qkv_BTKGD[:, :, :, group + 1]
-        q_BTHD = rope(RMSNorm(name="q_norm")(q_BTHD), tokens.position, self.rope_theta)
-        k_BTKD = rope(RMSNorm(name="k_norm")(k_BTKD), tokens.position, self.rope_theta)
+        q_BTHD = self.position.queries(RMSNorm(name="q_norm")(q_BTHD), tokens)
+        k_BTKD = self.position.keys(RMSNorm(name="k_norm")(k_BTKD), tokens)
         new, mask = KeyValues(k_BTKD, v_BTKD), self.mask
         if past is not None:
             k_BTKD, v_BTKD = (jnp.concatenate([old, x], axis=1) for old, x in zip(past, new, strict=True))
@@ -113,6 +114,31 @@ class SwiGLU(nn.Module):
         hidden_BTF = nn.with_logical_constraint(hidden_BTF, ("batch", "length", "mlp"))
         down = weight(self, "down", (self.hidden, width), ("mlp", "embed"), self.out_deviation)
         return jnp.einsum("btf,fe->bte", hidden_BTF, down)
+
+
+class PositionEmbedding(nn.Module):
+    """Learned absolute positions (Devlin et al. 2019, section 3): adds the row of a table that the position names.
+
+    Raises:
+      UserError: positions that the table lacks, where they are known. In a compiled function, where they are not, such
+        a position makes its token NaN, so that the first loss tells.
+    """
+
+    slots: int
+    dtype: str
+    deviation: float = 0.02
+
+    @nn.compact
+    def __call__(self, x_BTE: jax.Array, position_BT: jax.Array) -> jax.Array:
+        if not isinstance(position_BT, jax.core.Tracer):
+            least, greatest = position_BT.min(), position_BT.max()
+            if least < 0 or greatest >= self.slots:
+                raise UserError(
+                    f"The table has rows for the positions 0 to {self.slots - 1} and got {least} to {greatest}: "
+                    f"give it {max(greatest + 1, self.slots)} slots, and positions from 0 on."
+                )
+        table = weight(self, "table", (self.slots, x_BTE.shape[-1]), (None, "embed"), self.deviation)
+        return x_BTE + table.at[position_BT].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
 
 
 class NgramEmbedding(nn.Module):

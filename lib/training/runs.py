@@ -47,7 +47,8 @@ def compare(path: Path, experiment) -> None:
     """Raises UserError where the directory holds checkpoints of an experiment that computes something else."""
     if not any(path.joinpath(CHECKPOINTS).glob("[0-9]*")):
         return
-    old, new = _fields(read_config(path)), _fields(as_json(experiment))
+    # Through the dataclasses, so that a field that is newer than the run has its default.
+    old, new = (_fields(as_json(tree)) for tree in (_build(type(experiment), read_config(path)), experiment))
     differ = [
         f"{name} {old.get(name, 'unset')} -> {new.get(name, 'unset')}"
         for name in sorted(old.keys() | new.keys())
@@ -94,7 +95,7 @@ def read_config(path: Path) -> dict:
       UserError: there is no run, or its config cannot be read.
     """
     try:
-        return json.loads((path / CONFIG).read_text())
+        return _upgraded(json.loads((path / CONFIG).read_text()))
     except (OSError, json.JSONDecodeError):
         raise UserError(f"{path} holds no run ({CONFIG} is missing or damaged): give the directory of one.") from None
 
@@ -129,6 +130,14 @@ def _build(kind, value):
     if typing.get_origin(kind) is tuple:
         return tuple(_build(typing.get_args(kind)[0], item) for item in value)
     return value
+
+
+def _upgraded(config: dict) -> dict:
+    """The config as it is written today: one base of rotary positions for all layers was a field of the model."""
+    theta = config.get("model", {}).pop("rope_theta", None)
+    for layer in config["model"]["pattern"] if theta else ():
+        layer["position"] = f"Rope(theta={theta})"
+    return config
 
 
 def _fields(config: dict) -> dict:

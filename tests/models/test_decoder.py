@@ -25,7 +25,10 @@ CONFIG = DecoderConfig(
     kv_heads=2,
     head_dim=8,
     hidden=48,
-    pattern=(Layer(), Layer(mask="causal() & same('document') & (window(3) | sink(2))")),
+    pattern=(
+        Layer(position="Rope(theta=500.0)"),
+        Layer(mask="causal() & same('document') & (window(3) | sink(2))", position="NoPE()"),
+    ),
     ngram_orders=(2, 3),
     ngram_buckets=50,
     ngram_width=8,
@@ -195,7 +198,8 @@ def test_the_first_loss_is_that_of_a_uniform_guess():
     [
         ({"heads": 6, "kv_heads": 4}, r"heads is 6, which is no multiple of kv_heads 4: use 4 or 8\."),
         ({"layers": 3, "pattern": (Layer(), Layer())}, r"layers is 3.* pattern, 2: use 2 or 4\."),
-        ({"head_dim": 7}, r"head_dim is 7.* 2: use 6 or 8\."),
+        ({"head_dim": 7}, r"got 7, which is no multiple of 2: use 6 or 8\."),
+        ({"pattern": (Layer(position="Rop()"),)}, r"no Rop \(did you mean Rope\?\)"),
         ({"width": 0}, r"width is 0; it has to be at least 1\."),
         ({"pattern": ()}, r"pattern is empty; it needs at least one Layer\(\)\."),
         ({"pattern": (Layer(mask="casual()"),)}, r"'casual', which is no mask \(did you mean 'causal'\?\)"),

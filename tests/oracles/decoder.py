@@ -2,6 +2,8 @@
 
 import numpy as np
 
+from striate.lib.positions import NoPE, parse
+
 
 def hidden_states(params, config, inputs, tokens, ngrams, visible) -> np.ndarray:
     """(T, width) for one row: `inputs` (T,), `tokens` of shape (1, T), `ngrams` (T, O), `visible` (T, S) per layer."""
@@ -16,7 +18,8 @@ def hidden_states(params, config, inputs, tokens, ngrams, visible) -> np.ndarray
     for number in range(config.layers):
         repeat, place = divmod(number, len(config.pattern))
         layer = _at(params["layers"][f"layer_{place}"], repeat)
-        x = x + _attention(layer["attention"], config, norm(x, layer["mixer_norm"]), position, visible[number])
+        turn = _turn(parse(config.pattern[place].position), position)
+        x = x + _attention(layer["attention"], config, norm(x, layer["mixer_norm"]), turn, visible[number])
         x = x + _feed_forward(layer["feed_forward"], norm(x, layer["feed_forward_norm"]))
     return norm(x, params["final_norm"])
 
@@ -33,13 +36,17 @@ def rope(x, position, theta):
     return np.concatenate([turned.real, turned.imag], axis=-1)
 
 
-def _attention(parameters, config, x, position, visible):
+def _turn(kind, position):
+    """What a layer with positions of this kind, Rope(theta) or NoPE(), does to its queries and keys."""
+    return (lambda x: x) if kind == NoPE() else lambda x: rope(x, position, kind.theta)
+
+
+def _attention(parameters, config, x, turn, visible):
     group, out = config.heads // config.kv_heads, 0
     for head in range(config.heads):
         of_group = parameters["qkv"][:, head // group]
         q, k, v = x @ of_group[:, head % group], x @ of_group[:, group], x @ of_group[:, group + 1]
-        q = rope(norm(q, parameters["q_norm"]), position, config.rope_theta)
-        k = rope(norm(k, parameters["k_norm"]), position, config.rope_theta)
+        q, k = turn(norm(q, parameters["q_norm"])), turn(norm(k, parameters["k_norm"]))
         weights = np.where(visible, np.exp(q @ k.T / np.sqrt(config.head_dim)), 0.0)
         out = out + weights / weights.sum(-1, keepdims=True) @ v @ parameters["out"][head]
     return out
