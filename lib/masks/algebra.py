@@ -149,8 +149,11 @@ class Mask:
 class Atom(Mask):
     """A formula that is not made of others."""
 
+    about: tuple = ()
+    """What the atom speaks of: two of a class can be said as one only where this is the same."""
+
     def meet(self, other: Mask, holds: bool, other_holds: bool) -> Mask | None:
-        """One term for this atom (negated unless it `holds`) and another of its class, where there is a simple one."""
+        """One term for this atom (negated unless it `holds`) and another about the same, if there is a simple one."""
         return None
 
 
@@ -287,7 +290,7 @@ def _fuse(left: Mask, right: Mask) -> Mask | None:
     if left == ~right or Constant(False) in (left, right):
         return Constant(False)
     atom, other = (mask.term if isinstance(mask, Not) else mask for mask in (left, right))
-    if isinstance(atom, Atom) and type(atom) is type(other):
+    if isinstance(atom, Atom) and type(atom) is type(other) and atom.about == other.about:
         return atom.meet(other, atom is left, other is right)
     return None
 

@@ -14,6 +14,12 @@ from striate.lib.masks.summaries import BITS, bit, reads, signed, summary, value
 EXTENT = ("least",), ("greatest",)
 
 
+def _reach(atom, query, key):
+    """The least and the greatest difference of a query and a key of two blocks; both occur."""
+    least = summary(query, atom.query_field, "least") - summary(key, atom.key_field, "greatest")
+    return least, summary(query, atom.query_field, "greatest") - summary(key, atom.key_field, "least")
+
+
 @dataclass(frozen=True, repr=False)
 class Difference(Atom):
     """low <= q.a - k.b <= high; a field of None is the constant 0, a bound of None is no bound."""
@@ -23,6 +29,7 @@ class Difference(Atom):
     low: int | None = None
     high: int | None = None
 
+    about = property(lambda self: (self.query_field, self.key_field))
     query_reads = property(lambda self: reads(self.query_field, *EXTENT))
     key_reads = property(lambda self: reads(self.key_field, *EXTENT))
 
@@ -33,9 +40,7 @@ class Difference(Atom):
         return difference <= self.high if self.low is None else difference >= self.low
 
     def bounds(self, query, key):
-        """The differences of two blocks reach from `least` to `greatest`, and both are taken on."""
-        least = summary(query, self.query_field, "least") - summary(key, self.key_field, "greatest")
-        greatest = summary(query, self.query_field, "greatest") - summary(key, self.key_field, "least")
+        least, greatest = _reach(self, query, key)
         low, high = least if self.low is None else self.low, greatest if self.high is None else self.high
         return (greatest < low) | (least > high), (least >= low) & (greatest <= high)
 
@@ -48,10 +53,7 @@ class Difference(Atom):
         return Not(self)
 
     def meet(self, other, holds, other_holds):
-        """Of terms over the same two fields: the differences that both allow, where they are one interval or all but
-        one interval."""
-        if (self.query_field, self.key_field) != (other.query_field, other.key_field):
-            return None
+        """The differences that both allow, where they are one interval or all but one interval."""
         pairs = [(a, b) for a in self._intervals(holds) for b in other._intervals(other_holds)]
         both = [(max(a[0], b[0]), min(a[1], b[1])) for a, b in pairs if max(a[0], b[0]) <= min(a[1], b[1])]
         if not both:
@@ -97,6 +99,7 @@ class Table(Atom):
     key_field: str | None
     matrix: tuple[tuple[bool, ...], ...]
 
+    about = property(lambda self: (self.query_field, self.key_field))
     query_reads = property(lambda self: reads(self.query_field, *EXTENT, ("classes",)))
     key_reads = property(lambda self: reads(self.key_field, *EXTENT, ("classes",)))
 
@@ -123,9 +126,7 @@ class Table(Atom):
         return (any_sees & keys) == 0, inside & ((every_sees & keys) == keys)
 
     def meet(self, other, holds, other_holds):
-        """Of terms over the same two fields: one matrix. A class that neither has is visible where both are negated."""
-        if (self.query_field, self.key_field) != (other.query_field, other.key_field):
-            return None
+        """One matrix for both; a class that neither has is visible where both are negated."""
         matrices = np.array(self.matrix), np.array(other.matrix)
         shape = np.max([matrix.shape for matrix in matrices], axis=0)
         one, two = (
@@ -159,6 +160,7 @@ class Modulo(Atom):
     divisor: int
     remainder: int = 0
 
+    about = property(lambda self: (self.query_field, self.key_field, self.divisor))
     query_reads = property(lambda self: reads(self.query_field, *self._reductions(self.remainder)))
     key_reads = property(lambda self: reads(self.key_field, *self._reductions(0)))
 
@@ -173,12 +175,12 @@ class Modulo(Atom):
     def bounds(self, query, key):
         """By residue bits, exact; for a larger divisor by extents, exact where both blocks are runs of neighbours."""
         if self.divisor <= BITS:
-            query_residues = summary(query, self.query_field, "residues", self.divisor, self.remainder)
+            residues = summary(query, self.query_field, "residues", self.divisor, self.remainder)
             key_residues = summary(key, self.key_field, "residues", self.divisor, 0)
-            only_one = (query_residues & (query_residues - 1)) == 0
-            return (query_residues & key_residues) == 0, (query_residues == key_residues) & only_one
-        least = summary(query, self.query_field, "least") - summary(key, self.key_field, "greatest")
-        greatest = summary(query, self.query_field, "greatest") - summary(key, self.key_field, "least")
+            bits = residues.astype(np.uint32)  # bit 31 alone, less one, would overflow as int32
+            only_one = (bits & (bits - 1)) == 0
+            return (residues & key_residues) == 0, (residues == key_residues) & only_one
+        least, greatest = _reach(self, query, key)
         until_visible = (self.remainder - least) % self.divisor
         return until_visible > greatest - least, (until_visible == 0) & (least == greatest)
 
@@ -189,9 +191,7 @@ class Modulo(Atom):
         return Not(self)
 
     def meet(self, other, holds, other_holds):
-        """Of different remainders of one division: nothing, or the one that is not negated."""
-        if (self.query_field, self.key_field, self.divisor) != (other.query_field, other.key_field, other.divisor):
-            return None
+        """Of two remainders of one division: nothing, or the one that is not negated."""
         if holds and other_holds:
             return Constant(False)
         return self if holds else other if other_holds else None
