@@ -1,8 +1,8 @@
 """striate: attention on long sequences. Any mask, any token order, any mesh; see README.md and docs/design.md."""
 
-from striate.lib import layouts, masks, parallel, positions
-from striate.lib.attention import attention
+from striate.lib import layouts, masks, parallel, positions, scores
+from striate.lib.attention import attention, merge
 from striate.lib.errors import UserError
 from striate.lib.tokens import Tokens
 
-__all__ = ["Tokens", "UserError", "attention", "layouts", "masks", "parallel", "positions"]
+__all__ = ["Tokens", "UserError", "attention", "layouts", "masks", "merge", "parallel", "positions", "scores"]

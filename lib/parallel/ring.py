@@ -1,92 +1,193 @@
 """Ring attention: queries stay, blocks of keys and values travel around the devices (Liu et al. 2023).
 
-At step s = 0 .. N-1 device i holds the keys that were born on device (i - s) mod N. The layout of the tokens decides
-how the work is spread (striate.lib.layouts); this file is the same for every layout, because the mask reads Tokens,
-which travel with the keys.
+At offset s device i holds the keys that were born on device (i - s) mod N. The layout of the tokens decides how the
+work is spread (striate.lib.layouts); this file is the same for every layout, because the mask reads Tokens, which
+travel with the keys. Only offsets at which some device has work are visited, one hop from each to the next.
 
-Forward: N - 1 hops. The next hop is issued before the compute of the step, which does not depend on it; the partial
-results (m, l, acc) stay in float32 on the device of their queries.
+Forward: the next hop is issued before the compute of an offset, which does not depend on it; the partial results
+(m, l, acc) stay in float32 on the device of their queries.
 
-Backward: the keys travel as before; the float32 accumulators (dK, dV) of a block travel with it and need N hops, so
-that each ends at its owner. They depend on the compute, hence move one step late: step s moves the accumulator of
-step s - 1 while it computes its own share, and adds that on arrival.
+Backward: the keys travel as before; the float32 accumulators (dK, dV) of a block travel with it, and at the end one hop
+takes each to its owner. They depend on the compute, hence move late: a step moves the accumulator of the step before
+while it computes its own share, and adds that on arrival.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import itertools
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from striate.lib import blockwise
+from striate.lib.errors import UserError
+from striate.lib.masks import NONE, Mask
 from striate.lib.parallel.sharding import SequenceParallel
+from striate.lib.tokens import Tokens
+
+RUNS = 16  # of tokens, in which each shard is summarised to find where it has work
 
 
 @dataclass(frozen=True)
 class Ring(SequenceParallel):
-    """Keys and values travel around the devices of the sequence axis; memory O(length / devices)."""
+    """Keys and values travel around the devices of the sequence axis; memory O(length / devices).
 
-    def shard_forward(self, mask, scale, q, k, v, query_fields, key_fields):
+    Attributes:
+      offsets: those that are visited, ascending; None for those at which some device has work, as far as the Tokens
+        are known before the program runs (`for_tokens`), else all of them. What is given is checked as the program
+        runs: where other offsets had work, the output is NaN.
+    """
+
+    offsets: tuple[int, ...] | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.offsets is not None and [*self.offsets] != sorted({o for o in self.offsets if 0 <= o < self.shards}):
+            raise UserError(
+                f"Ring got the offsets {self.offsets}; they are whole numbers from 0 to {self.shards - 1}, ascending."
+            )
+
+    def for_tokens(self, mask: Mask, q_tokens: Tokens, k_tokens: Tokens) -> Ring:
+        """This ring with the offsets that have work for these Tokens, given in the order of the layout."""
+        leaves = jax.tree.leaves((q_tokens, k_tokens))
+        known = all(not isinstance(x, jax.core.Tracer) and getattr(x, "is_fully_addressable", True) for x in leaves)
+        if self.offsets is not None or not known or any(x.shape[1] % self.shards for x in leaves):
+            return self
+        return replace(self, offsets=live_offsets(mask, q_tokens, k_tokens, self.shards))
+
+    def shard_forward(self, mask, scale, score, q, k, v, query_fields, key_fields):
         kv_heads, length = k.shape[2], q.shape[1]
         problem = blockwise.plan(mask, scale, length, k.shape[1])
-        out_dtype = v.dtype
+        out_dtype, missed = v.dtype, self._missed(mask, query_fields, key_fields)
         q = blockwise.queries(problem, q, kv_heads)
-        query_fields = blockwise.fields(problem, query_fields, 0)
+        query_fields, key_fields = blockwise.sides(problem, score, query_fields, key_fields)
         block = self._key_block(problem, k, v, key_fields)
-        partial = blockwise.Partial.empty(q.shape[:-1], v.shape[-1])
 
         def attend(block, partial):
             k, v, key_fields = block
-            return blockwise.forward(problem, q, k, v, query_fields, key_fields, partial)
+            return blockwise.forward(problem, score, q, k, v, query_fields, key_fields, partial)
 
-        def step(_, carry):
+        def step(hop: int, carry):
             block, partial = carry
-            arriving = self._hop(block)
+            arriving = self._hop(block, hop)
             return arriving, attend(block, partial)
 
-        block, partial = jax.lax.fori_loop(0, self.shards - 1, step, (block, partial))
-        out, lse = attend(block, partial).finish()
-        return blockwise.natural(out, length).astype(out_dtype), blockwise.natural(lse, length)
+        partial = blockwise.Partial.empty(q, v.shape[-1])
+        first, *hops = self._hops
+        block, partial = _in_runs(step, hops, (self._hop(block, first), partial))
+        out, lse = attend(block, partial).finish(score.normalised)
+        out = jnp.where(missed, jnp.nan, blockwise.natural(out, length))
+        return out.astype(out_dtype), blockwise.natural(lse, length)
 
-    def shard_backward(self, mask, scale, q, k, v, query_fields, key_fields, d_out, lse, delta):
+    def shard_backward(self, mask, scale, score, q, k, v, query_fields, key_fields, d_out, lse, delta):
         kv_heads, (length, keys) = k.shape[2], (q.shape[1], k.shape[1])
         problem = blockwise.plan(mask, scale, length, keys)
         rows = tuple(blockwise.queries(problem, x, kv_heads) for x in (d_out, lse, delta))
         q = blockwise.queries(problem, q, kv_heads)
-        query_fields = blockwise.fields(problem, query_fields, 0)
-        block = self._key_block(problem, k, v, key_fields)
+        query_fields, key_fields = blockwise.sides(problem, score, query_fields, key_fields)
+        first, *hops = self._hops
+        block = self._hop(self._key_block(problem, k, v, key_fields), first)
 
-        def gradients(block, dq_T):
+        def gradients(block, sums):
             k, v, key_fields = block
-            dq_T, dk, dv = blockwise.backward(problem, q, k, v, *rows, query_fields, key_fields, dq_T)
-            return dq_T, (dk, dv)
+            sums, dk, dv = blockwise.backward(problem, score, q, k, v, *rows, query_fields, key_fields, sums)
+            return sums, (dk, dv)
 
-        def step(_, carry):
-            block, accumulator, dq_T = carry
-            arriving, moved = self._hop((block, accumulator))
-            dq_T, share = gradients(block, dq_T)
-            return arriving, jax.tree.map(jnp.add, moved, share), dq_T
+        def step(hops: tuple[int, int], carry):
+            (last, next_), (block, accumulator, sums) = hops, carry
+            arriving, moved = self._hop(block, next_), self._hop(accumulator, last)
+            sums, share = gradients(block, sums)
+            return arriving, jax.tree.map(jnp.add, moved, share), sums
 
-        dq_T = blockwise.empty_dq(problem, q)
-        if self.shards == 1:
-            dq_T, accumulator = gradients(block, dq_T)
-        else:
-            arriving = self._hop(block)
-            dq_T, accumulator = gradients(block, dq_T)
-            carry = jax.lax.fori_loop(1, self.shards - 1, step, (arriving, accumulator, dq_T))
-            block, accumulator, dq_T = carry
-            moved = self._hop(accumulator)
-            dq_T, share = gradients(block, dq_T)
-            accumulator = self._hop(jax.tree.map(jnp.add, moved, share))
-        dq = blockwise.natural(blockwise.finish_dq(problem, dq_T, q), length)
+        arriving = self._hop(block, hops[0]) if hops else block
+        sums, accumulator = gradients(block, blockwise.empty_sums(problem, score, q))
+        if hops:
+            carry = arriving, accumulator, sums
+            block, accumulator, sums = _in_runs(step, list(itertools.pairwise(hops)), carry)
+            moved = self._hop(accumulator, hops[-1])
+            sums, share = gradients(block, sums)
+            accumulator = jax.tree.map(jnp.add, moved, share)
+        accumulator = self._hop(accumulator, -first - sum(hops))
+        dq = blockwise.natural(blockwise.finish_dq(problem, sums[0], q), length)
         dk, dv = (x[:, :, :keys].swapaxes(1, 2) for x in accumulator)
-        return dq, dk, dv
+        return sums[1], dq, dk, dv
+
+    @property
+    def _hops(self) -> list[int]:
+        """From the own block to the first offset, and from each offset to the next."""
+        offsets = range(self.shards) if self.offsets is None else self.offsets or (0,)
+        return [b - a for a, b in itertools.pairwise((0, *offsets))]
 
     def _key_block(self, problem, k, v, key_fields):
         k, v = (blockwise.keys_or_values(problem, x) for x in (k, v))
-        return k, v, blockwise.fields(problem, key_fields, 1)
+        return k, v, key_fields
 
-    def _hop(self, tree):
-        ring = [(i, (i + 1) % self.shards) for i in range(self.shards)]
+    def _hop(self, tree, distance: int):
+        if distance % self.shards == 0:
+            return tree
+        ring = [(i, (i + distance) % self.shards) for i in range(self.shards)]
         return jax.tree.map(lambda x: jax.lax.ppermute(x, self.axis, ring), tree)
+
+    def _missed(self, mask, query_fields, key_fields):
+        """Whether this device has work at an offset that is not visited."""
+        visited = range(self.shards) if self.offsets is None else self.offsets
+        left_out = np.setdiff1d(np.arange(self.shards), visited)
+        if not left_out.size:
+            return False
+        query, key = mask.query_summaries(_runs(query_fields)), mask.key_summaries(_runs(key_fields))
+        query = jax.tree.map(lambda x: x[None], query)
+        born = (jax.lax.axis_index(self.axis) - left_out) % self.shards
+        key = jax.tree.map(lambda x: jax.lax.all_gather(x, self.axis)[born], key)
+        return (_verdicts(mask, query, key) != NONE).any()
+
+
+def live_offsets(mask: Mask, q_tokens: Tokens, k_tokens: Tokens, shards: int) -> tuple[int, ...]:
+    """The offsets of a ring at which some device has work: device i with the keys of device (i - offset) mod shards.
+
+    Found from summaries of runs of the tokens, hence never too few. Contiguous order and a window of w need
+    1 + ceil((w - 1) / tokens of a shard).
+
+    Args:
+      q_tokens, k_tokens: concrete, in the order of the layout; their lengths are multiples of `shards`.
+    """
+    q_tokens, k_tokens = (jax.tree.map(np.asarray, x) for x in (q_tokens, k_tokens))
+
+    def of_shards(tokens):
+        # Shards first: (shards, B, tokens of a shard).
+        return {n: x.reshape(x.shape[0], shards, -1).swapaxes(0, 1) for n, x in tokens.fields().items()}
+
+    query, key = (
+        mask.query_summaries(_runs(of_shards(q_tokens.as_queries()))),
+        mask.key_summaries(_runs(of_shards(k_tokens))),
+    )
+    return tuple(
+        offset
+        for offset in range(shards)
+        if (_verdicts(mask, query, jax.tree.map(lambda x: np.roll(x, offset, axis=0), key)) != NONE).any()  # noqa: B023
+    )
+
+
+def _runs(fields):
+    """Every field in RUNS runs: (..., T) to (..., RUNS, tokens of a run), the last ones repeated to fill them."""
+
+    def cut(x):
+        size = -(-x.shape[-1] // RUNS)
+        padding = [(0, 0)] * (x.ndim - 1) + [(0, size * RUNS - x.shape[-1])]
+        xp = jnp if isinstance(x, jax.Array) else np
+        return xp.pad(x, padding, mode="edge").reshape(*x.shape[:-1], RUNS, size)
+
+    return {name: cut(x) for name, x in fields.items()}
+
+
+def _verdicts(mask, query, key):
+    query = jax.tree.map(lambda x: x[..., :, None], query)
+    return mask.verdict(query, jax.tree.map(lambda x: x[..., None, :], key))
+
+
+def _in_runs(step, hops: list, carry):
+    """step(hop, carry) for every hop; equal hops in a row are one loop, so that a long ring compiles as soon."""
+    for hop, run in itertools.groupby(hops):
+        carry = jax.lax.fori_loop(0, len([*run]), lambda _, carry: step(hop, carry), carry)  # noqa: B023
+    return carry

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import jax
@@ -10,6 +11,8 @@ from jax.sharding import PartitionSpec as P
 
 from striate.lib import masks
 from striate.lib.errors import UserError
+from striate.lib.scores import Score
+from striate.lib.tokens import Tokens
 
 
 @dataclass(frozen=True)
@@ -43,62 +46,92 @@ class SequenceParallel:
 
     @property
     def shards(self) -> int:
-        return self.mesh.shape[self.axis]
+        """Of the sequence."""
+        return math.prod(self.mesh.shape[name] for name in self.sequence_axes)
 
-    def forward(self, mask, scale, q_BTHD, k_BSKD, v_BSKV, q_tokens, k_tokens):
+    @property
+    def sequence_axes(self) -> tuple[str, ...]:
+        """The mesh axes that cut the sequence."""
+        return (self.axis,)
+
+    def for_tokens(self, mask: masks.Mask, q_tokens: Tokens, k_tokens: Tokens) -> SequenceParallel:
+        """What is to be used for these Tokens, which may not be known before the program runs."""
+        return self
+
+    def forward(self, mask, scale, score, q_BTHD, k_BSKD, v_BSKV, q_tokens, k_tokens):
+        array, row, tokens = self._specs()
+        needed = self._needed(mask, score, q_tokens, k_tokens)
+
+        def shard(score, *arrays):
+            return self.shard_forward(mask, scale, score, *arrays)
+
+        if self._inside:
+            return shard(score, q_BTHD, k_BSKD, v_BSKV, *needed)
         self._check(q_BTHD, k_BSKD)
+        in_specs = (self._score_specs(score), array, array, array, tokens, tokens)
+        return self._over_shards(shard, in_specs, (array, row))(score, q_BTHD, k_BSKD, v_BSKV, *needed)
+
+    def backward(self, mask, scale, score, q_BTHD, k_BSKD, v_BSKV, q_tokens, k_tokens, d_out, lse, delta):
         array, row, tokens = self._specs()
+        needed = self._needed(mask, score, q_tokens, k_tokens)
 
-        def shard(*arrays):
-            return self.shard_forward(mask, scale, *arrays)
+        def shard(score, *arrays):
+            d_score, *gradients = self.shard_backward(mask, scale, score, *arrays)
+            # All devices share the parameters of the score, but for those of the heads that are spread.
+            spread = (*self._present(self.batch), *self.sequence_axes)
+            shared = (*spread, *self._present((self.heads,)))
+            d_score = jax.tree.map(lambda x: jax.lax.psum(x, spread if x.ndim else shared), d_score)
+            return d_score, *gradients
 
-        return self._over_shards(shard, (array, array, array, tokens, tokens), (array, row))(
-            q_BTHD, k_BSKD, v_BSKV, *self._needed(mask, q_tokens, k_tokens)
-        )
+        if self._inside:
+            return self.shard_backward(mask, scale, score, q_BTHD, k_BSKD, v_BSKV, *needed, d_out, lse, delta)
+        in_specs = (self._score_specs(score), array, array, array, tokens, tokens, array, row, row)
+        out_specs = self._score_specs(score), array, array, array
+        return self._over_shards(shard, in_specs, out_specs)(score, q_BTHD, k_BSKD, v_BSKV, *needed, d_out, lse, delta)
 
-    def backward(self, mask, scale, q_BTHD, k_BSKD, v_BSKV, q_tokens, k_tokens, d_out, lse, delta):
-        array, row, tokens = self._specs()
-
-        def shard(*arrays):
-            return self.shard_backward(mask, scale, *arrays)
-
-        specs = (array, array, array, tokens, tokens, array, row, row)
-        return self._over_shards(shard, specs, (array, array, array))(
-            q_BTHD, k_BSKD, v_BSKV, *self._needed(mask, q_tokens, k_tokens), d_out, lse, delta
-        )
-
-    def shard_forward(self, mask: masks.Mask, scale, q, k, v, query_fields, key_fields):
+    def shard_forward(self, mask: masks.Mask, scale, score: Score, q, k, v, query_fields, key_fields):
         """On one device: (out, lse) of its queries, from its shards of everything."""
         raise NotImplementedError
 
-    def shard_backward(self, mask: masks.Mask, scale, q, k, v, query_fields, key_fields, d_out, lse, delta):
-        """On one device: float32 gradients of its shards of q, k and v."""
+    def shard_backward(self, mask, scale, score, q, k, v, query_fields, key_fields, d_out, lse, delta):
+        """On one device: its share of d_score, and the gradients of its shards of q, k and v. float32."""
         raise NotImplementedError
+
+    @property
+    def _inside(self) -> bool:
+        """Whether the caller has mapped over the sequence axis already: arrays are shards, heads too."""
+        return set(self.sequence_axes) <= set(jax.sharding.get_abstract_mesh().manual_axes)
 
     def _over_shards(self, function, in_specs, out_specs):
         return jax.shard_map(function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
-    def _specs(self):
-        batch = tuple(name for name in self.batch if name in self.mesh.shape) or None
-        heads = self.heads if self.heads in self.mesh.shape else None
-        return P(batch, self.axis, heads, None), P(batch, self.axis, heads), P(batch, self.axis)
+    def _present(self, axes) -> tuple[str, ...]:
+        return tuple(name for name in axes if name in self.mesh.shape)
 
-    def _needed(self, mask, q_tokens, k_tokens):
-        # Only the fields that the mask reads travel; one is always there to give the shapes.
+    def _score_specs(self, score: Score) -> Score:
+        heads = self.heads if self.heads in self.mesh.shape else None
+        return jax.tree.map(lambda x: P(heads) if x.ndim else P(), score)
+
+    def _specs(self):
+        batch = self._present(self.batch) or None
+        heads = self.heads if self.heads in self.mesh.shape else None
+        length = self.sequence_axes
+        return P(batch, length, heads, None), P(batch, length, heads), P(batch, length)
+
+    def _needed(self, mask, score, q_tokens, k_tokens):
+        # Only the fields that mask and score read travel; one is always there to give the shapes.
         return (
-            {name: q_tokens[name] for name in mask.query_fields | {"position"}},
-            {name: k_tokens[name] for name in mask.key_fields | {"position"}},
+            {name: q_tokens[name] for name in mask.query_fields | score.reads | {"position"}},
+            {name: k_tokens[name] for name in mask.key_fields | score.reads | {"position"}},
         )
 
     def _check(self, q, k) -> None:
         array = self._specs()[0]
-        dimensions = (("batch", q.shape[0], array[0]), ("length", q.shape[1], self.axis))
-        dimensions += (("key length", k.shape[1], self.axis), ("query heads", q.shape[2], array[2]))
+        dimensions = (("batch", q.shape[0], array[0]), ("length", q.shape[1], array[1]))
+        dimensions += (("key length", k.shape[1], array[1]), ("query heads", q.shape[2], array[2]))
         for name, size, axes in (*dimensions, ("key/value heads", k.shape[2], array[2])):
             names = (axes,) if isinstance(axes, str) else axes or ()
-            parts = 1
-            for axis in names:
-                parts *= self.mesh.shape[axis]
+            parts = math.prod(self.mesh.shape[axis] for axis in names)
             if size % parts:
                 raise UserError(
                     f"{name} {size} does not divide over the {parts} shards of mesh axes {', '.join(names)}: "

@@ -195,8 +195,7 @@ class TestSkipping:
 
     def live(self, mask, tokens):
         problem = blockwise.Problem(mask, 1.0, (16, 32))
-        query = blockwise.fields(problem, tokens.as_queries(), 0)
-        return blockwise.live_blocks(problem, query, blockwise.fields(problem, tokens, 1))
+        return blockwise.live_blocks(problem, *blockwise.sides(problem, suite.PLAIN, tokens.as_queries(), tokens))
 
     def test_causal_skips_what_lies_above_the_diagonal(self):
         by_query, by_key = self.live(masks.causal(), Tokens.arange(1, 512))

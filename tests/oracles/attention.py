@@ -11,6 +11,7 @@ class Truth(NamedTuple):
     dq: np.ndarray
     dk: np.ndarray
     dv: np.ndarray
+    d_score: tuple[np.ndarray, ...] = ()  # one for each parameter of the score
 
 
 def attention(q, k, v, visible_BTS, scale, d_out, d_lse=None) -> Truth:
@@ -31,9 +32,15 @@ def magnitudes(q, k, v, visible_BTS, scale, d_out, d_lse=None) -> Truth:
     probabilities, _ = _softmax(q, k, visible_BTS, scale)
     q, k, v, d_out, d_lse = (np.abs(x) for x in (q, k, v, d_out, d_lse))
     logits = scale * np.einsum("bthd,bshd->bhts", q, _repeat(k, q))
-    lse = np.where(np.asarray(visible_BTS)[:, None], logits, 0).max(-1).swapaxes(1, 2)
+    lse = np.where(by_head(visible_BTS), logits, 0).max(-1).swapaxes(1, 2)
     out = np.einsum("bhts,bshv->bthv", probabilities, _repeat(v, q))
     return Truth(out, lse, *_gradients(probabilities, q, k, v, scale, d_out, d_lse, sign=1))
+
+
+def by_head(visible):
+    """(B, 1 or H, T, S) of what heads share, (B, T, S), or what they do not, (B, H, T, S)."""
+    visible = np.asarray(visible)
+    return visible[:, None] if visible.ndim == 3 else visible
 
 
 def _wide(q, k, v, d_out, d_lse):
@@ -43,7 +50,7 @@ def _wide(q, k, v, d_out, d_lse):
 
 def _softmax(q, k, visible_BTS, scale):
     """(probabilities (B, H, T, S), lse (B, T, H)); a row that sees nothing has 0 and -inf."""
-    visible = np.asarray(visible_BTS)[:, None]
+    visible = by_head(visible_BTS)
     logits = np.where(visible, scale * np.einsum("bthd,bshd->bhts", q, _repeat(k, q)), -np.inf)
     top = np.max(logits, axis=-1, keepdims=True, initial=-1e300)
     weights = np.where(visible, np.exp(logits - top), 0.0)

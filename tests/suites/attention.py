@@ -8,11 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType
 
 import striate
 from oracles import attention as oracle
 from oracles import formulas
-from striate import Tokens, masks
+from oracles import scores as score_oracle
+from striate import Tokens, masks, scores
 from striate.lib import blockwise
 from striate.lib.attention import Parallel
 from striate.lib.layouts import Layout
@@ -53,6 +55,7 @@ class System(NamedTuple):
 
 
 REFERENCE = System("reference")
+PLAIN = scores.plain()
 
 
 class Problem(NamedTuple):
@@ -65,6 +68,11 @@ class Problem(NamedTuple):
     k_tokens: Tokens
     d_out: np.ndarray
     d_lse: np.ndarray
+
+
+def mesh(kind=AxisType.Auto, **axes: int) -> jax.sharding.Mesh:
+    devices = jax.devices()[: int(np.prod(list(axes.values())))]
+    return jax.make_mesh(tuple(axes.values()), tuple(axes), (kind,) * len(axes), devices=devices)
 
 
 def random_problem(rng, q_tokens, k_tokens=None, *, dtype="float32", heads=4, kv_heads=2, width=16, value_width=8):
@@ -85,25 +93,26 @@ def random_problem(rng, q_tokens, k_tokens=None, *, dtype="float32", heads=4, kv
     )
 
 
-def solve(system: System, mask: masks.Mask, problem: Problem, tile=TILE) -> oracle.Truth:
+def solve(system: System, mask: masks.Mask, problem: Problem, tile=TILE, score=PLAIN) -> oracle.Truth:
     """Results and gradients as numpy, in natural order. Compiles once for each mask, system but layout, and shape."""
     # The dense form is sooner done operation by operation than compiled for each mask.
     run = _solve.__wrapped__ if system == REFERENCE else _solve
-    solved = run(mask, system.implementation, system.parallel, tile, *system.permute(problem))
-    return jax.tree.map(np.asarray, system.restore(solved))
+    solved, d_score = run(mask, system.implementation, system.parallel, tile, score, *system.permute(problem))
+    return jax.tree.map(np.asarray, system.restore(solved)._replace(d_score=tuple(jax.tree.leaves(d_score))))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _solve(mask, implementation, parallel, tile, q, k, v, q_tokens, k_tokens, d_out, d_lse):
+def _solve(mask, implementation, parallel, tile, score, q, k, v, q_tokens, k_tokens, d_out, d_lse):
     how = {"implementation": implementation, "parallel": parallel, "return_lse": True}
     cut = blockwise._tile
 
-    def attend(q, k, v):
-        return striate.attention(q, k, v, mask=mask, q_tokens=q_tokens, k_tokens=k_tokens, **how)
+    def attend(score, q, k, v):
+        return striate.attention(q, k, v, mask=mask, score=score, q_tokens=q_tokens, k_tokens=k_tokens, **how)
 
     with mock.patch.object(blockwise, "_tile", lambda length, largest: cut(length, min(largest, tile))):
-        results, pull = jax.vjp(attend, q, k, v)
-        return oracle.Truth(*results, *pull((d_out, d_lse)))
+        results, pull = jax.vjp(attend, score, q, k, v)
+        d_score, *gradients = pull((d_out, d_lse))
+        return oracle.Truth(*results, *gradients), d_score
 
 
 def visible(mask: masks.Mask, problem: Problem) -> np.ndarray:
@@ -118,8 +127,13 @@ def truth(visible_BTS, problem: Problem, equations=oracle.attention) -> oracle.T
 def errors(got: oracle.Truth, true: oracle.Truth) -> dict[str, float]:
     """The greatest absolute error of each array; both have to agree on the rows that see nothing."""
     np.testing.assert_array_equal(np.isneginf(got.lse), np.isneginf(true.lse))
-    got, true = (x._replace(lse=np.where(np.isneginf(x.lse), 0, x.lse)) for x in (got, true))
-    return {name: float(np.abs(np.float64(getattr(got, name)) - getattr(true, name)).max()) for name in got._fields}
+    got, true = (arrays(x._replace(lse=np.where(np.isneginf(x.lse), 0, x.lse))) for x in (got, true))
+    return {name: float(np.abs(np.float64(got[name]) - true[name]).max()) for name in got}
+
+
+def arrays(x: oracle.Truth) -> dict[str, np.ndarray]:
+    named = {name: value for name, value in x._asdict().items() if name != "d_score"}
+    return named | {f"parameter {number}": value for number, value in enumerate(x.d_score)}
 
 
 def check_bound(system: System, mask: masks.Mask, problem: Problem, visible_BTS=None, tile=TILE) -> None:
@@ -129,11 +143,19 @@ def check_bound(system: System, mask: masks.Mask, problem: Problem, visible_BTS=
     check_errors(solve(system, mask, problem, tile), solve(REFERENCE, mask, problem, tile), true, visible_BTS, problem)
 
 
-def check_errors(got, reference, true, visible_BTS, problem: Problem) -> None:
+def check_score(system: System, mask: masks.Mask, case: score_oracle.Case, problem: Problem, shown, tile=TILE) -> None:
+    """`check_bound` under a score, with the gradients of its parameters; `shown` is (B, T, S) or (B, H, T, S)."""
+    shown, scale = oracle.by_head(shown), problem.q.shape[-1] ** -0.5
+    true, sizes = (f(case, problem, shown, scale) for f in (score_oracle.attention, score_oracle.magnitudes))
+    got, reference = (solve(how, mask, problem, tile, case.score) for how in (system, REFERENCE))
+    check_errors(got, reference, true, shown, problem, sizes)
+
+
+def check_errors(got, reference, true, visible_BTS, problem: Problem, sizes=None) -> None:
     allowed, floor = errors(reference, true), FLOOR[problem.q.dtype.name]
-    sizes = truth(visible_BTS, problem, oracle.magnitudes)
+    sizes = arrays(truth(visible_BTS, problem, oracle.magnitudes) if sizes is None else sizes)
     for name, error in errors(got, true).items():
-        bound = 2 * allowed[name] + floor * getattr(sizes, name).max()
+        bound = 2 * allowed[name] + floor * sizes[name].max()
         # Written so that a NaN fails.
         assert error <= bound, f"{name}: error {error:.3g}, allowed {bound:.3g} (reference: {allowed[name]:.3g})"
 
@@ -188,18 +210,20 @@ class AttentionSuite:
         edited = problem.q_tokens.document == np.array(numbers)[:, None]
         assert edited.any(1).all() and not edited.all(1).all()
         other = self.problem(system, seed=1)
-        arrays = {name: getattr(problem, name).copy() for name in ("q", "k", "v", "d_out", "d_lse")}
-        for name, x in arrays.items():
+        mixed = {name: getattr(problem, name).copy() for name in ("q", "k", "v", "d_out", "d_lse")}
+        for name, x in mixed.items():
             x[edited] = getattr(other, name)[edited]
-        before, after = solve(system, RULE, problem), solve(system, RULE, problem._replace(**arrays))
-        for name, x, y in zip(before._fields, before, after, strict=True):
+        before, after = solve(system, RULE, problem), solve(system, RULE, problem._replace(**mixed))
+        for name, x in arrays(before).items():
+            y = arrays(after)[name]
             np.testing.assert_array_equal(bits(x)[~edited], bits(y)[~edited], err_msg=name)
             assert (x[edited] != y[edited]).any(), name
 
     def test_reruns_are_equal_to_the_bit(self, system):
         problem = self.problem(system)
-        for x, y in zip(solve(system, RULE, problem), solve(system, RULE, problem), strict=True):
-            np.testing.assert_array_equal(bits(x), bits(y))
+        first, second = (arrays(solve(system, RULE, problem)) for _ in range(2))
+        for name in first:
+            np.testing.assert_array_equal(bits(first[name]), bits(second[name]), err_msg=name)
 
     def test_a_hidden_block_is_not_computed(self, system):
         # Documents are runs of 26 in the order of the layout. NaN, which no arithmetic hides, in the first of them may
@@ -212,6 +236,6 @@ class AttentionSuite:
         k[:, place < TILE], v[:, place < TILE] = np.nan, np.nan
         before, after = solve(system, RULE, problem), solve(system, RULE, problem._replace(k=k, v=v))
         far = place >= LENGTH // 2
-        for name, x, y in zip(before._fields, before, after, strict=True):
-            np.testing.assert_array_equal(bits(x)[:, far], bits(y)[:, far], err_msg=name)
+        for name, x in arrays(before).items():
+            np.testing.assert_array_equal(bits(x)[:, far], bits(arrays(after)[name])[:, far], err_msg=name)
         assert np.isnan(after.out[:, place < TILE]).any()

@@ -1,0 +1,125 @@
+"""Random problems of every kind at once: formulas, Tokens, scores, heads, widths, lengths, layouts, meshes, strategies.
+
+`python tests/lib/test_fuzz.py FIRST COUNT` runs as many of them as you like and says what it has seen.
+"""
+
+import collections
+import sys
+import time
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+
+from oracles import scores as score_oracle
+from oracles.formulas import as_columns, as_rows, random_formula, random_tokens
+from striate.lib import masks
+from striate.lib.layouts import Contiguous, Striped, ZigZag
+from striate.lib.parallel import AllGather, Ring, RingUlysses, Ulysses
+from suites.attention import Problem, System, check_score, mesh, random_problem
+
+HEADS = ((1, 1), (2, 1), (4, 2), (4, 4), (6, 3), (8, 1), (8, 4))  # of queries and of keys
+
+
+class Drawn(NamedTuple):
+    """One random problem and the system that has to solve it."""
+
+    system: System
+    mask: masks.Mask
+    case: score_oracle.Case
+    problem: Problem
+    shown: np.ndarray  # (B, H, T, S), from the formula as it was written
+    tile: int
+
+    def check(self) -> None:
+        check_score(self.system, self.mask, self.case, self.problem, self.shown, self.tile)
+
+
+def draw(seed: int) -> Drawn:
+    rng = np.random.default_rng(seed)
+    heads, kv_heads = HEADS[rng.integers(len(HEADS))]
+    system = _system(rng, heads)
+    formula = random_formula(rng, depth=int(rng.integers(5)), heads=heads if rng.random() < 0.3 else None)
+    batch = int(rng.integers(1, 4))
+    unit = system.layout.unit if system.layout else 1
+    length, keys = (unit * int(rng.integers(1, max(96 // unit, 1) + 1)) for _ in range(2))
+    q_tokens = random_tokens(rng, batch, length)
+    k_tokens = q_tokens if rng.random() < 0.6 else random_tokens(rng, batch, keys)
+    widths = rng.choice([1, 3, 8, 12, 16], size=2)
+    problem = random_problem(
+        rng,
+        q_tokens,
+        k_tokens,
+        dtype="bfloat16" if rng.random() < 0.15 else "float32",
+        heads=heads,
+        kv_heads=kv_heads,
+        width=int(widths[0]),
+        value_width=int(widths[1]),
+    )
+    cases = score_oracle.all_cases(rng, heads)
+    case = cases[rng.integers(len(cases))] if rng.random() < 0.7 else cases[0]
+    return Drawn(system, formula.mask, case, problem, _shown(formula, problem), int(rng.choice([8, 16, 24])))
+
+
+def _system(rng, heads: int) -> System:
+    """One device, or several: a strategy that the heads allow, over 1, 2, 4 or 8 shards in some order."""
+    shards = int(rng.choice([1, 2, 4, 8]))
+    if shards == 1 and rng.random() < 0.7:
+        return System("xla")
+    parallel = [Ring(mesh(sequence=shards)), Ring(mesh(sequence=shards)), AllGather(mesh(sequence=shards))]
+    if heads % shards == 0:
+        parallel.append(Ulysses(mesh(sequence=shards)))
+    if shards > 2 and heads % 2 == 0:
+        parallel.append(RingUlysses(mesh(ring=shards // 2, sequence=2)))
+    stripe = int(rng.integers(1, 12))
+    layouts = Contiguous(shards), Striped(shards, 1), Striped(shards, stripe), ZigZag(shards)
+    return System(parallel=parallel[rng.integers(len(parallel))], layout=layouts[rng.integers(len(layouts))])
+
+
+def _shown(formula, problem: Problem) -> np.ndarray:
+    (batch, length, heads, _), keys = problem.q.shape, problem.k.shape[1]
+    visible = formula.visible(as_columns(problem.q_tokens), as_rows(problem.k_tokens))  # heads first, where they differ
+    return np.broadcast_to(visible, (heads, batch, length, keys)).swapaxes(0, 1)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("first", range(0, 120, 10))
+def test_random_problems(first):
+    for seed in range(first, first + 10):
+        check(seed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", range(1000, 3000, 20))
+def test_many_random_problems(first):
+    for seed in range(first, first + 20):
+        check(seed)
+
+
+def check(seed: int) -> Drawn:
+    drawn = draw(seed)
+    try:
+        drawn.check()
+    except Exception as error:
+        error.add_note(f"seed {seed}: {drawn.system}, {drawn.mask}, {drawn.case.name}, {drawn.problem.q.shape}")
+        raise
+    return drawn
+
+
+def main(first: int, count: int) -> None:
+    seen, start = collections.Counter(), time.perf_counter()
+    for seed in range(first, first + count):
+        drawn = check(seed)
+        seen[type(drawn.system.parallel).__name__, drawn.system.shards] += 1
+        seen[drawn.case.name] += 1
+        seen["switches per head"] += drawn.mask.heads is not None
+        seen["rows that see nothing"] += not drawn.shown.any(-1).all()
+        seen["nothing or everything visible"] += drawn.shown.mean() in (0, 1)
+        if (seed + 1 - first) % 50 == 0:
+            print(f"{seed + 1 - first} of {count}, {time.perf_counter() - start:.0f} s", flush=True)
+    for what, times in sorted(seen.items(), key=str):
+        print(times, what)
+
+
+if __name__ == "__main__":
+    main(*map(int, sys.argv[1:]))
