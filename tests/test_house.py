@@ -20,7 +20,7 @@ MADE_BY_TOOLS = {"build", "dist", "runs", "striate.egg-info", "__pycache__"}
 
 # From the bottom up: a file may import its own stair and those below it. Prefixes of dotted paths from the root.
 LANGUAGE = ("errors", "layouts", "masks", "ngrams", "positions", "scores", "text", "tokens")
-MIXERS = ("attention", "blockwise", "convolution", "linear_attention", "routing")
+MIXERS = ("attention", "blockwise", "convolution", "cope", "linear_attention", "routing")
 STAIRCASE = {
     "language": ("lib.__init__", *(f"lib.{name}" for name in LANGUAGE)),
     "kernels": ("pallas_kernels",),
