@@ -1,4 +1,5 @@
-"""Layouts: orders that are permutations, and the work they predict against closed formulas and against counting."""
+"""Layouts: orders that are permutations, the work they predict against closed formulas and against counting, and orders
+that are searched for."""
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +8,8 @@ import pytest
 
 from oracles.formulas import random_formula, random_tokens
 from striate import Tokens, UserError, masks
-from striate.lib.layouts import Contiguous, Striped, ZigZag
+from striate.lib.layouts import Contiguous, Dealt, Striped, TileMap, ZigZag, balance, balanced
+from striate.lib.layouts.work import by_shard
 from striate.lib.masks import ALL, MIXED, NONE
 
 SIZES = [(1, 12), (2, 4), (4, 8), (8, 16)]  # (shards, tokens of a shard)
@@ -16,6 +18,9 @@ LAYOUTS = [make(shards) for shards, _ in SIZES for make in (Contiguous, Striped,
     Striped(2, 2),
     Striped(4, 8),
     Striped(8, 4),
+    Dealt(1, (3, 0, 11)),
+    Dealt(4, (24, 0, 5, 8, 31)),
+    Dealt(8, tuple(range(120, -8, -8))),
 ]
 
 
@@ -51,6 +56,34 @@ def test_orders_are_those_of_the_papers(shards, c):
     np.testing.assert_array_equal(ZigZag(shards).order(shards * c).reshape(shards, c), zigzag)
     stripes = (y // 2 * shards + d) * 2 + y % 2
     np.testing.assert_array_equal(Striped(shards, 2).order(shards * c).reshape(shards, c), stripes)
+
+
+def test_dealt_pieces_follow_each_other_as_they_are_named():
+    rng = np.random.default_rng(5)
+    for _ in range(20):
+        starts = (0, *np.sort(rng.choice(np.arange(1, 60), size=rng.integers(1, 12), replace=False)).tolist())
+        pieces = dict(zip(starts, np.split(np.arange(60), starts[1:]), strict=True))
+        named = tuple(rng.permutation(starts).tolist())
+        layout = Dealt(3, named)
+        np.testing.assert_array_equal(layout.order(60), np.concatenate([pieces[start] for start in named]))
+        assert layout == Dealt(3, named) and hash(layout) == hash(Dealt(3, named))
+        assert layout != Dealt(3, (named[-1], *named[:-1]))
+    assert str(Dealt(2, (3, 0, 1))) == "Dealt(shards=2, 3 pieces)"
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_tiles_are_whole_or_have_no_places(layout):
+    length = layout.shards * shard_length(layout)
+    order = layout.order(length).tolist()
+    for tile in (1, 2, 3, 4, 8, 16):
+        places = layout.places(length, tile)
+        pieces = [order[i : i + tile] for i in range(0, length, tile)]
+        natural = {tuple(range(i, i + tile)): i // tile for i in range(0, length, tile)}
+        wanted = [natural.get(tuple(piece)) for piece in pieces]
+        if shard_length(layout) % tile or None in wanted:
+            assert places is None
+        else:
+            np.testing.assert_array_equal(places, wanted)
 
 
 @pytest.mark.parametrize(("shards", "c"), SIZES)
@@ -104,6 +137,130 @@ def test_counts_are_those_of_the_dense_mask(layout):
                 np.testing.assert_array_equal(counts[step, device], [2 * c * c - seen, 0, seen], err_msg=str(mask))
 
 
+@pytest.mark.parametrize("layout", [x for x in LAYOUTS if x.shards == 4], ids=str)
+def test_one_map_serves_every_order_of_whole_tiles(layout):
+    rng, length = np.random.default_rng(3), 4 * shard_length(layout)
+    for tile in (1, 2, 4, 8):
+        tokens, mask = random_tokens(rng, 2, length), random_formula(rng).mask
+        places = layout.places(length, tile)
+        if places is not None:
+            work = TileMap.of(mask, tokens, (tile, tile)).work(4, places)
+            np.testing.assert_array_equal(work.counts, layout.work(mask, tokens, (tile, tile)).counts)
+
+
+def test_chunks_of_the_map_make_no_difference(monkeypatch):
+    rng = np.random.default_rng(11)
+    tokens, mask = random_tokens(rng, 3, 60), masks.causal() & masks.switch([True, False, True]) | masks.same("frame")
+    whole = TileMap.of(mask, tokens, (4, 5))
+    monkeypatch.setattr("striate.lib.layouts.work.CHUNK", 100)
+    for name in ("mixed", "full", "live"):
+        np.testing.assert_array_equal(getattr(TileMap.of(mask, tokens, (4, 5)), name), getattr(whole, name))
+
+
+def test_the_heads_of_a_mask_are_added_up():
+    tokens = random_tokens(np.random.default_rng(2), 2, 32)
+    mask = masks.causal() & (masks.same("document") | masks.switch([True, False, False]))
+    counts = [Striped(4, 2).work(mask.head(h), tokens, (2, 4)).counts for h in range(3)]
+    np.testing.assert_array_equal(Striped(4, 2).work(mask, tokens, (2, 4)).counts, sum(counts))
+    assert (counts[0] != counts[1]).any()
+
+
+def test_offsets_and_totals_are_those_of_the_devices():
+    rng = np.random.default_rng(4)
+    for layout in (Contiguous(4), Striped(4, 2), ZigZag(4)):
+        for mask in (masks.window(5), masks.window(2) | masks.key("position", 0, 0), masks.nothing()):
+            work = layout.work(mask, random_tokens(rng, 1, 32), (1, 1))
+            busy = [[work.live[step, device] for device in range(4)] for step in range(4)]
+            assert work.offsets == tuple(step for step in range(4) if any(busy[step]))
+            assert work.busiest == max(sum(busy[step][device] for step in range(4)) for device in range(4))
+
+
+@pytest.mark.parametrize("width", [1, 2, 8, 9, 16, 17, 25])
+def test_a_window_in_contiguous_order_has_work_at_so_many_offsets(width):
+    work = Contiguous(8).work(masks.window(width - 1), Tokens.arange(1, 64), (4, 4))
+    assert work.offsets == tuple(range(1 + -(-(width - 1) // 8)))
+
+
+def packed(rng, length, mean):
+    """One row of documents of random lengths, each with its own positions."""
+    ends = np.cumsum(rng.geometric(1 / mean, size=length))
+    document = np.searchsorted(ends, np.arange(length), side="right")
+    position = np.arange(length) - np.append(0, ends)[document]
+    return Tokens(position=position[None].astype(np.int32), document=document[None].astype(np.int32))
+
+
+BALANCED = [masks.causal() & masks.same("document"), masks.same("document"), masks.window(20) & masks.same("document")]
+
+
+@pytest.mark.parametrize("mask", BALANCED, ids=str)
+@pytest.mark.parametrize("lockstep", [True, False])
+def test_balanced_is_never_worse_than_stripes_and_mostly_better(mask, lockstep):
+    rng, better = np.random.default_rng(8), 0
+    for shards, tile in ((4, 8), (4, 2), (8, 4), (8, 2)):
+        tokens = packed(rng, 512, mean=60)
+        work = {
+            layout: layout.work(mask, tokens, (tile, tile))
+            for layout in (
+                balanced(mask, tokens, shards, tile, lockstep),
+                *(Striped(shards, tile * n) for n in (1, 2, 4)),
+                Contiguous(shards),
+            )
+        }
+        dealt, *stripes = [x.critical_path if lockstep else x.busiest for x in work.values()]
+        assert next(iter(work.values())).live.sum() == min(x.live.sum() for x in work.values())
+        assert dealt <= min(stripes)
+        better += dealt < min(stripes)
+    assert better >= 3
+
+
+def test_balanced_evens_out_what_stripes_do_not():
+    """Every fourth tile sees everything: striped over four shards, all of it falls to one of them."""
+    heavy = np.repeat(np.arange(64) % 4 == 0, 2)[None].astype(np.int32)
+    tokens = Tokens.arange(1, 128).replace(heavy=heavy)
+    mask = masks.query("heavy", 1, 1) | masks.same("position")
+    assert Striped(4, 2).work(mask, tokens, (2, 2)).balance < 0.3
+    for lockstep in (True, False):
+        layout = balanced(mask, tokens, 4, 2, lockstep)
+        assert layout.work(mask, tokens, (2, 2)).balance > 0.95
+        assert layout == balanced(mask, tokens, 4, 2, lockstep)
+        assert sorted(layout.starts) == list(range(0, 128, 2))
+
+
+def test_the_rows_of_a_batch_share_one_order():
+    rng = np.random.default_rng(6)
+    rows = [packed(rng, 256, mean=40) for _ in range(2)]
+    tokens = jax.tree.map(lambda *x: np.concatenate(x), *rows)
+    mask, tile = masks.causal() & masks.same("document"), (4, 4)
+    layout = balanced(mask, tokens, 4, 4)
+    apart = sum(layout.work(mask, row, tile).live for row in rows)
+    np.testing.assert_array_equal(layout.work(mask, tokens, tile).live, apart)
+    assert layout.work(mask, tokens, tile).critical_path <= Striped(4, 4).work(mask, tokens, tile).critical_path
+
+
+def test_swaps_keep_the_sums_that_they_follow():
+    rng = np.random.default_rng(9)
+    live = rng.integers(0, 5, size=(48, 48), dtype=np.uint8)
+    dealing = balance._Dealing(live, np.arange(48).reshape(6, 8))
+    before = balance._path(dealing.work)
+    places = dealing.shorten()
+    assert (dealing.places != np.arange(48).reshape(6, 8)).any()
+    np.testing.assert_array_equal(dealing.work, by_shard(live, dealing.places, dealing.places))
+    np.testing.assert_array_equal(np.sort(places.reshape(-1)), np.arange(48))
+    assert balance._path(by_shard(live, places, places)) < before
+
+
+def test_the_softened_path_has_the_gradient_that_is_followed():
+    work, shift = np.random.default_rng(10).uniform(0, 9, size=(5, 5)), 1e-5
+    path, gradient = balance._softened(work, 0.7)
+    assert balance._path(work) < path < balance._path(work) + 5 * 0.7 * np.log(5)
+    for d, e in np.ndindex(5, 5):
+        moved = [
+            balance._softened(work + sign * shift * (np.indices((5, 5)) == [[[d]], [[e]]]).all(0), 0.7)[0]
+            for sign in (1, -1)
+        ]
+        assert gradient[d, e] == pytest.approx((moved[0] - moved[1]) / (2 * shift), abs=1e-5)
+
+
 def test_counts_of_larger_tiles_hold_every_verdict():
     tokens = Tokens.arange(1, 2 * 40)
     counts = Contiguous(2).work(masks.causal(), tokens, tile=(8, 16)).counts
@@ -123,6 +280,8 @@ def test_counts_of_larger_tiles_hold_every_verdict():
         ),
         (ZigZag(4), 3, r"ZigZag\(shards=4\) needs a length that is a multiple of 8, got 3: use 8, or another layout"),
         (Contiguous(8), 4097, "multiple of 8, got 4097: use 4096 or 4104"),
+        (Dealt(8, (0, 64)), 60, "multiple of 8, got 60: use 56 or 64"),
+        (Dealt(8, (0, 64)), 64, r"needs a length of more than 64 tokens, .* got 64: make it again"),
     ],
 )
 def test_a_length_that_does_not_divide_is_answered(layout, length, answer):
@@ -135,5 +294,14 @@ def test_senseless_numbers_are_answered():
     for make in (lambda: Striped(0), lambda: Striped(4, 0), lambda: ZigZag(-1), lambda: Contiguous(0)):
         with pytest.raises(UserError, match=r"cannot be: its numbers are at least 1"):
             make()
+    for starts in ((), (1, 2), (0, 2, 2), (0, -1)):
+        with pytest.raises(UserError, match="pieces start at token 0 and at further ones, each named once"):
+            Dealt(2, starts)
+    with pytest.raises(
+        UserError, match=r"Striped\(shards=4, stripe=3\) needs a length that is a multiple of 12, got 16"
+    ):
+        balanced(masks.causal(), Tokens.arange(1, 16), 4, 3)
+    with pytest.raises(UserError, match=r"these Tokens are traced: count it outside of jax\.jit"):
+        jax.jit(lambda tokens: Contiguous(2).work(masks.causal(), tokens).ideal)(Tokens.arange(1, 4))
     with pytest.raises(UserError, match="reads the query field 'frame'"):
         Contiguous(2).work(masks.same("frame"), Tokens.arange(1, 4))

@@ -1,20 +1,15 @@
-"""Layouts: which token lives where when the sequence is cut over shards, and how much work that gives each of them.
-
-A layout reorders the natural sequence so that shard d owns the d-th of `shards` equal runs of the permuted one.
-Masks and positions read Tokens, which are permuted along, so that every layout computes the same function; what
-differs is who has work when the keys travel around a ring (shard i holds the keys of shard (i - s) mod N at step s).
-"""
+"""The orders: a layout permutes, inverts, and says what work it makes."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 
 import jax
 import numpy as np
 
 from striate.lib.errors import UserError
-from striate.lib.masks import ALL, MIXED, NONE, Mask
+from striate.lib.layouts.work import TileMap, Work, on_host
+from striate.lib.masks import Mask
 from striate.lib.tokens import Tokens
 
 
@@ -24,7 +19,7 @@ class Layout:
     shards: int
 
     def __post_init__(self):
-        if min(vars(self).values()) < 1:
+        if min(value for value in vars(self).values() if isinstance(value, int)) < 1:
             raise UserError(f"{self} cannot be: its numbers are at least 1.")
 
     def order(self, length: int) -> np.ndarray:
@@ -56,6 +51,14 @@ class Layout:
     def _take(self, tree, axis, order):
         return jax.tree.map(lambda x: x.take(order(x.shape[axis]), axis=axis), tree)
 
+    def places(self, length: int, tile: int) -> np.ndarray | None:
+        """int (length / tile,): the natural tiles in the order of the layout; None where it cuts through a tile."""
+        if length % (self.shards * tile):
+            return None
+        order = self.order(length).reshape(-1, tile)
+        whole = (order[:, 0] % tile == 0).all() and (order == order[:, :1] + np.arange(tile)).all()
+        return order[:, 0] // tile if whole else None
+
     def work(self, mask: Mask, tokens: Tokens, tile: tuple[int, int] = (512, 512)) -> Work:
         """Tiles of each verdict for every ring step and device, predicted from block summaries on the host.
 
@@ -64,27 +67,7 @@ class Layout:
           tokens: concrete Tokens of the self-attention, natural order; the rows of the batch are added up.
           tile: (query, key) tile lengths; a shard that is no multiple of them ends in shorter tiles.
         """
-        tokens = self.permute(jax.tree.map(np.asarray, tokens))
-        mask.check(tokens, tokens)
-        if mask.heads:
-            return Work(sum(self._counts(mask.head(head), tokens, tile) for head in range(mask.heads)))
-        return Work(self._counts(mask, tokens, tile))
-
-    def _counts(self, mask: Mask, tokens: Tokens, tile: tuple[int, int]) -> np.ndarray:
-        """int (steps, devices, 3), as in Work, of Tokens in the order of the layout."""
-        query_blocks = _blocks(tokens.as_queries(), self.shards, tile[0])
-        key_blocks = _blocks(tokens, self.shards, tile[1])
-        shape = (tokens.shape[0], query_blocks["position"].shape[2], key_blocks["position"].shape[2])
-        query, key = mask.query_summaries(query_blocks), mask.key_summaries(key_blocks)
-        counts = np.zeros((self.shards, self.shards, 3), np.int64)
-        for device in range(self.shards):
-            q = {read: x[:, device, :, None] for read, x in query.items()}
-            for step in range(self.shards):
-                born = (device - step) % self.shards
-                k = {read: x[:, born, None, :] for read, x in key.items()}
-                verdict = np.broadcast_to(mask.verdict(q, k), shape)
-                counts[step, device] = [(verdict == kind).sum() for kind in (NONE, MIXED, ALL)]
-        return counts
+        return TileMap.of(mask, self.permute(on_host(tokens)), tile, self.shards).work(self.shards)
 
 
 @dataclass(frozen=True)
@@ -139,37 +122,39 @@ class ZigZag(Layout):
 
 
 @dataclass(frozen=True)
-class Work:
-    """Predicted work: counts[step, device, verdict] of tiles, the verdicts in the order NONE, MIXED, ALL."""
+class Dealt(Layout):
+    """Pieces of the natural order in any order.
 
-    counts: np.ndarray
+    The natural order is cut at `starts`, and its pieces follow each other as `starts` names them. `balanced` deals
+    tiles so, for masks that stripes do not balance; the work is even for the Tokens that it was made for.
+    """
 
-    @cached_property
-    def live(self) -> np.ndarray:
-        """Tiles that are computed, [step, device]."""
-        return self.counts[..., 1:].sum(-1)
+    shards: int
+    starts: tuple[int, ...]
 
-    @property
-    def critical_path(self) -> int:
-        """Tiles on the critical path of the ring: each step waits for its busiest device."""
-        return int(self.live.max(axis=1).sum())
-
-    @property
-    def ideal(self) -> float:
-        """Tiles per device if the live tiles were spread evenly."""
-        return self.live.sum() / self.live.shape[1]
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.starts or min(self.starts) != 0 or len(set(self.starts)) < len(self.starts):
+            raise UserError(f"{self} cannot be: its pieces start at token 0 and at further ones, each named once.")
 
     @property
-    def balance(self) -> float:
-        """ideal / critical_path, 1.0 at best."""
-        return self.ideal / max(self.critical_path, 1)
+    def unit(self) -> int:
+        return self.shards
 
+    def check(self, length: int) -> None:
+        super().check(length)
+        if length <= max(self.starts):
+            raise UserError(
+                f"{self} needs a length of more than {max(self.starts)} tokens, where its last piece starts, and got "
+                f"{length}: make it again for these Tokens."
+            )
 
-def _blocks(tokens: Tokens, shards: int, tile: int) -> dict[str, np.ndarray]:
-    """Every field as (batch, shards, tiles, tile); a last shorter tile repeats its last token."""
-    blocks = {}
-    for name, value in tokens.fields().items():
-        value = value.reshape(value.shape[0], shards, -1)
-        value = np.pad(value, ((0, 0), (0, 0), (0, -value.shape[-1] % tile)), mode="edge")
-        blocks[name] = value.reshape(value.shape[0], shards, -1, tile)
-    return blocks
+    def order(self, length: int) -> np.ndarray:
+        self.check(length)
+        starts = np.array(self.starts)
+        ends = np.append(np.sort(starts), length)
+        lengths = ends[np.searchsorted(ends, starts, side="right")] - starts
+        return np.repeat(starts - np.append(0, lengths.cumsum()[:-1]), lengths) + np.arange(length)
+
+    def __repr__(self) -> str:
+        return f"Dealt(shards={self.shards}, {len(self.starts)} pieces)"
