@@ -75,22 +75,13 @@ def attention(
       UserError: shapes, dtypes or Tokens that do not fit together, or a mask that reads a field that is not there.
       NotImplementedError: an implementation asked for by name that cannot run here.
     """
-    mask = masks.everything() if mask is None else mask
-    if not isinstance(mask, masks.Mask):
-        raise UserError(
-            f"mask is a {type(mask).__name__}; attention needs a formula over Tokens, such as masks.causal() or "
-            "masks.parse(text)."
-        )
-    _check_arrays(q_BTHD, k_BSKD, v_BSKV)
-    natural = q_tokens is None and k_tokens is None
-    q_tokens, k_tokens = _check_tokens(q_BTHD, k_BSKD, q_tokens, k_tokens)
+    mask, score = masks.everything() if mask is None else mask, scores.plain() if score is None else score
+    check_arrays(q_BTHD, k_BSKD, v_BSKV)
     # From Tokens that are known before the program runs, as the natural ones are, a strategy finds what to leave out.
-    known = [Tokens(np.arange(q_BTHD.shape[1], dtype=np.int32)[None])] * 2 if natural else [q_tokens, k_tokens]
-    score = scores.plain() if score is None else score
-    for tokens in (q_tokens, k_tokens):
-        scores.check(score, q_BTHD.shape[2], tokens)
-    for formula in mask.for_heads(q_BTHD.shape[2]):
-        formula.check(q_tokens, k_tokens)
+    natural = Tokens(np.arange(q_BTHD.shape[1], dtype=np.int32)[None])
+    known = (natural, natural) if q_tokens is None and k_tokens is None else None
+    q_tokens, k_tokens = check_tokens(q_BTHD, k_BSKD, q_tokens, k_tokens)
+    _check_language(mask, score, q_BTHD.shape[2], q_tokens, k_tokens)
     scale = q_BTHD.shape[-1] ** -0.5 if scale is None else float(scale)
     q, k, v, tile_score = score.prepare(q_BTHD, k_BSKD, v_BSKV, scale)
     if _choose(implementation, parallel) == "reference":
@@ -98,7 +89,7 @@ def attention(
     else:
         tile_score = jax.tree.map(lambda x: x.astype(jnp.float32), tile_score)
         arrays = blockwise.vary_alike((tile_score, q, k, v, q_tokens.as_queries(), k_tokens))
-        out, lse = _by_formula(parallel or Local(), mask, scale, *arrays, known)
+        out, lse = _by_formula(parallel or Local(), mask, scale, *arrays, known or (q_tokens, k_tokens))
     out, lse = score.finish(out, lse)
     return (out, lse) if return_lse else out
 
@@ -239,7 +230,8 @@ def _attend_backward(parallel, mask, scale, saved, cotangents):
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
-def _check_arrays(q, k, v) -> None:
+def check_arrays(q, k, v) -> None:
+    """Raises UserError for shapes or dtypes that do not fit together."""
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.ndim != 4:
             raise UserError(f"{name} has shape {x.shape}; attention needs (batch, length, heads, width): 4 axes.")
@@ -262,7 +254,8 @@ def _check_arrays(q, k, v) -> None:
         )
 
 
-def _check_tokens(q, k, q_tokens, k_tokens) -> tuple[Tokens, Tokens]:
+def check_tokens(q, k, q_tokens, k_tokens) -> tuple[Tokens, Tokens]:
+    """The Tokens of queries and keys, natural ones where none are given. Raises UserError where they do not fit."""
     if q.shape[1] != k.shape[1] and (q_tokens is None or k_tokens is None):
         raise UserError(
             f"{q.shape[1]} queries and {k.shape[1]} keys: with different lengths pass both q_tokens and k_tokens."
@@ -273,6 +266,20 @@ def _check_tokens(q, k, q_tokens, k_tokens) -> tuple[Tokens, Tokens]:
         if tokens.shape != x.shape[:2]:
             raise UserError(f"{name} have shape {tokens.shape}; the arrays need (batch, length) = {x.shape[:2]}.")
     return q_tokens, k_tokens
+
+
+def _check_language(mask, score, heads: int, q_tokens: Tokens, k_tokens: Tokens) -> None:
+    if not isinstance(mask, masks.Mask):
+        raise UserError(
+            f"mask is a {type(mask).__name__}; attention needs a formula over Tokens, such as masks.causal() or "
+            "masks.parse(text)."
+        )
+    if not isinstance(score, Score):
+        raise UserError(f"score is a {type(score).__name__}; attention needs one such as scores.softcap(50.0).")
+    for formula in mask.for_heads(heads):
+        formula.check(q_tokens, k_tokens)
+    for tokens in (q_tokens, k_tokens):
+        scores.check(score, heads, tokens)
 
 
 def _choose(implementation, parallel) -> str:

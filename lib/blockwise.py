@@ -294,7 +294,15 @@ def _zeros(shape: tuple[int, ...], like: jax.Array) -> jax.Array:
 
 
 def _product(a, b, subscripts: str):
-    return jnp.einsum(subscripts, a, b, preferred_element_type=jnp.float32)
+    def product(a, b):
+        return jnp.einsum(subscripts, a, b, preferred_element_type=jnp.float32)
+
+    if a.dtype == jnp.float32:
+        return product(a, b)
+    # XLA on CPU has no product of some shapes whose result is wider than its operands.
+    return jax.lax.platform_dependent(
+        a, b, cpu=lambda a, b: product(a.astype(jnp.float32), b.astype(jnp.float32)), default=product
+    )
 
 
 def _block(x, b, start, length: int, axis: int):

@@ -30,7 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from striate.lib import masks
-from striate.lib.attention import _check_arrays, _check_tokens
+from striate.lib.attention import check_arrays, check_tokens
 from striate.lib.blockwise import LOWEST
 from striate.lib.errors import UserError
 from striate.lib.tokens import PADDING, Tokens
@@ -78,8 +78,8 @@ def cope(
     """
     gate_k_BSKD = k_BSKD if gate_k_BSKD is None else gate_k_BSKD
     mask = masks.causal() & masks.same("document") & (masks.everything() if mask is None else mask)
-    _check_arrays(q_BTHD, k_BSKD, v_BSKV)
-    q_tokens, k_tokens = _check_tokens(q_BTHD, k_BSKD, q_tokens, k_tokens)
+    check_arrays(q_BTHD, k_BSKD, v_BSKV)
+    q_tokens, k_tokens = check_tokens(q_BTHD, k_BSKD, q_tokens, k_tokens)
     _check(k_BSKD, table_PD, gate_k_BSKD, mask, tile, implementation)
     mask.check(q_tokens, k_tokens)
     ordered_B = _in_order(k_tokens)

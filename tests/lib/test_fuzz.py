@@ -1,6 +1,6 @@
 """Random problems of every kind at once: formulas, Tokens, scores, heads, widths, lengths, layouts, meshes, strategies.
 
-`python tests/lib/test_fuzz.py FIRST COUNT` runs as many of them as you like and says what it has seen.
+`PYTHONPATH=tests python tests/lib/test_fuzz.py FIRST COUNT` runs as many of them as you like and says what it has seen.
 """
 
 import collections
@@ -8,6 +8,7 @@ import sys
 import time
 from typing import NamedTuple
 
+import jax
 import numpy as np
 import pytest
 
@@ -35,30 +36,28 @@ class Drawn(NamedTuple):
         check_score(self.system, self.mask, self.case, self.problem, self.shown, self.tile)
 
 
+SHARE = 20  # problems in a row have the same shapes and system, so that what is computed step by step compiles once
+
+
 def draw(seed: int) -> Drawn:
-    rng = np.random.default_rng(seed)
-    heads, kv_heads = HEADS[rng.integers(len(HEADS))]
-    system = _system(rng, heads)
-    formula = random_formula(rng, depth=int(rng.integers(5)), heads=heads if rng.random() < 0.3 else None)
-    batch = int(rng.integers(1, 4))
-    unit = system.layout.unit if system.layout else 1
-    length, keys = (unit * int(rng.integers(1, max(96 // unit, 1) + 1)) for _ in range(2))
-    q_tokens = random_tokens(rng, batch, length)
-    k_tokens = q_tokens if rng.random() < 0.6 else random_tokens(rng, batch, keys)
-    widths = rng.choice([1, 3, 8, 12, 16], size=2)
-    problem = random_problem(
-        rng,
-        q_tokens,
-        k_tokens,
-        dtype="bfloat16" if rng.random() < 0.15 else "float32",
-        heads=heads,
-        kv_heads=kv_heads,
-        width=int(widths[0]),
-        value_width=int(widths[1]),
-    )
+    rng, shapes = np.random.default_rng(seed), np.random.default_rng([seed // SHARE, 1])
+    heads, kv_heads = HEADS[shapes.integers(len(HEADS))]
+    system = _system(shapes, heads)
+    batch, unit = int(shapes.integers(1, 4)), system.layout.unit if system.layout else 1
+    length, keys = (unit * int(shapes.integers(1, max(96 // unit, 1) + 1)) for _ in range(2))
+    width, value_width = (int(x) for x in shapes.choice([1, 3, 8, 12, 16], size=2))
+    dtype, tile = "bfloat16" if shapes.random() < 0.15 else "float32", int(shapes.choice([8, 16, 24]))
+    own_keys = shapes.random() < 0.4
+
+    # Ulysses deals the heads of one formula, which are any number of them where they differ.
+    differ = rng.random() < 0.3 and not isinstance(system.parallel, Ulysses)
+    formula = random_formula(rng, depth=int(rng.integers(5)), heads=heads if differ else None)
+    tokens = random_tokens(rng, batch, length), random_tokens(rng, batch, keys) if own_keys else None
+    sizes = {"heads": heads, "kv_heads": kv_heads, "width": width, "value_width": value_width, "dtype": dtype}
+    problem = random_problem(rng, *tokens, **sizes)
     cases = score_oracle.all_cases(rng, heads)
     case = cases[rng.integers(len(cases))] if rng.random() < 0.7 else cases[0]
-    return Drawn(system, formula.mask, case, problem, _shown(formula, problem), int(rng.choice([8, 16, 24])))
+    return Drawn(system, formula.mask, case, problem, _shown(formula, problem), tile)
 
 
 def _system(rng, heads: int) -> System:
@@ -122,4 +121,5 @@ def main(first: int, count: int) -> None:
 
 
 if __name__ == "__main__":
+    jax.config.update("jax_num_cpu_devices", 8)
     main(*map(int, sys.argv[1:]))
