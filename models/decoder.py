@@ -15,6 +15,7 @@ from striate.lib.decoding.cache import Cache, KeyValues
 from striate.lib.errors import UserError
 from striate.lib.tokens import PADDING, Tokens
 from striate.models.layers import Attention, NgramEmbedding, RMSNorm, SwiGLU, weight
+from striate.models.scores import parse as parse_score
 
 # What the backward pass finds saved of a layer, besides its input; the rest it computes again.
 _SAVED = {"layer": (), "attention": ("attention_out", "attention_lse")}
@@ -23,13 +24,15 @@ REMAT = ("none", *_SAVED)
 
 @dataclass(frozen=True)
 class Layer:
-    """One place of the pattern: which mixer, under which mask, with which positions."""
+    """One place of the pattern: which mixer, under which mask, with which positions and which score."""
 
     mixer: str = "attention"
     mask: str = "causal() & same('document')"
     """Text, as `striate show mask` prints it."""
     position: str = "Rope(theta=10000.0)"
     """Text too: "NoPE()", "Rope(theta=500000.0, scaling=YaRN(factor=8.0, length=4096))", "XPos(span=(0, 4095))"."""
+    score: str = "plain()"
+    """And this: "compose(softcap(50.0), alibi())", "sink_logit()"; striate.models.scores says what is learned."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,7 @@ class DecoderConfig:
             _choice("mixer", layer.mixer, MIXERS)
             masks.parse(layer.mask)
             positions.parse(layer.position).check(self.head_dim)
+            parse_score(layer.score)
         _choice("remat", self.remat, REMAT)
         _choice("compute_dtype", self.compute_dtype, ("float32", "bfloat16"))
         if any(n < 1 for n in self.ngram_orders):
@@ -122,6 +126,7 @@ def _attention(config: DecoderConfig, layer: Layer, parallel: Parallel | None, n
         head_dim=config.head_dim,
         mask=masks.parse(layer.mask),
         position=positions.parse(layer.position),
+        score=layer.score,
         out_deviation=config.out_deviation,
         dtype=config.compute_dtype,
         implementation=config.implementation,

@@ -16,6 +16,7 @@ from striate.lib.errors import UserError
 from striate.lib.masks import Mask
 from striate.lib.positions import Position
 from striate.lib.tokens import Tokens
+from striate.models.scores import parse as parse_score
 
 
 def rms_norm(x: jax.Array, gain: jax.Array, epsilon: float = 1e-6) -> jax.Array:
@@ -61,6 +62,7 @@ class Attention(nn.Module):
     head_dim: int
     mask: Mask
     position: Position
+    score: str
     out_deviation: float
     dtype: str
     implementation: str | None = None
@@ -91,7 +93,7 @@ class Attention(nn.Module):
         if past is not None:
             k_BTKD, v_BTKD = (jnp.concatenate([old, x], axis=1) for old, x in zip(past, new, strict=True))
             mask = mask & masks.key("document", low=0)
-        how = {"implementation": self.implementation, "parallel": self.parallel}
+        how = {"score": parse_score(self.score)(self), "implementation": self.implementation, "parallel": self.parallel}
         out_BTHD = attention(q_BTHD, k_BTKD, v_BTKD, mask=mask, q_tokens=tokens, k_tokens=k_tokens, **how)
         shape = (self.heads, self.head_dim, width)
         out = weight(self, "out", shape, ("heads", "head_dim", "embed"), self.out_deviation)

@@ -39,7 +39,7 @@ def problem(named):
 
 @functools.cache
 def layer(named, heads: int):
-    return Attention(heads, heads, 4, named.mask, parse("Rope()"), 0.5, "float32")
+    return Attention(heads, heads, 4, named.mask, parse("Rope()"), "plain()", 0.5, "float32")
 
 
 @pytest.mark.long
