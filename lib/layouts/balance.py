@@ -37,14 +37,16 @@ def deal(live: np.ndarray, shards: int, tile: int, lockstep: bool = True) -> Dea
     """`balanced`, from the live tiles (query tiles, key tiles) of a TileMap in natural order.
 
     Totals are evened out longest first: the next tile, the one with most work, goes to the shard that has least (Graham
-    1969). A critical path is that of stripes of a tile, shortened by swaps. Stripes that are better still are taken.
+    1969). A critical path is that of stripes of one tile, shortened by swaps. The best of these and of all stripes of
+    whole tiles is taken.
     """
     own = len(live) // shards
     widths = (width for width in range(1, own + 1) if own % width == 0)
     stripes = [np.arange(len(live)).reshape(-1, shards, n).swapaxes(0, 1).reshape(shards, own) for n in widths]
-    made = _Dealing(live, stripes[0]).shorten() if lockstep else _longest_first(live.sum(1, dtype=np.int64), shards)
+    orders = [_longest_first(live.sum(axis=1, dtype=np.int64), shards), *stripes]
+    orders += [_Dealing(live, stripes[0]).shorten()] if lockstep else []
     cost = _path if lockstep else _greatest_total
-    places = min((made, *stripes), key=lambda order: cost(by_shard(live, order, order)))
+    places = min(orders, key=lambda order: cost(by_shard(live, order, order)))
     return Dealt(shards, tuple((np.sort(places).reshape(-1) * tile).tolist()))
 
 
