@@ -27,7 +27,7 @@ from striate.lib.masks import NONE, Mask
 from striate.lib.parallel.sharding import SequenceParallel
 from striate.lib.tokens import Tokens
 
-RUNS = 16  # of tokens, in which each shard is summarised to find where it has work
+RUNS = 256  # of tokens, in which each shard is summarised to find where it has work
 
 
 @dataclass(frozen=True)
