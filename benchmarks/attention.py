@@ -52,6 +52,7 @@ class Unskipped(masks.Mask):
 
     query_reads = property(lambda self: self.mask.query_reads)
     key_reads = property(lambda self: self.mask.key_reads)
+    is_band = property(lambda self: self.mask.is_band)
 
     def tile(self, query, key):
         return self.mask.tile(query, key)

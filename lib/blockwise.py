@@ -68,11 +68,11 @@ class Problem(NamedTuple):
     tile: tuple[int, int]  # lengths of a block of queries and of a block of keys
 
 
-# On CPU products reach their rate from 128 x 128 on, and long sequences gain a little more from wide blocks of keys;
-# short ones (the shards of a ring) gain more from having blocks to skip (benchmarks/attention.py tiles).
+# On CPU products reach their rate from 128 x 128 on. A long sequence gains from larger blocks, but a band (a window,
+# packed documents) and a short sequence (the shards of a ring) gain more from having blocks to skip. The largest tile
+# of each, and how many blocks there are at least where it allows (benchmarks/attention.py tiles).
 SMALLEST_TILE = 128
-LARGEST_KEY_TILE = 512
-BLOCKS = 16
+WIDE, BAND = ((256, 512), 8), ((128, 256), 16)
 
 
 INSIDE = "_inside"
@@ -80,7 +80,10 @@ INSIDE = "_inside"
 
 def plan(mask: masks.Mask, scale: float, length: int, keys: int) -> Problem:
     """The problem with its tile; where the tile does not divide a length, the mask hides the padding."""
-    tile = _tile(length, SMALLEST_TILE), _tile(keys, min(max(keys // BLOCKS, SMALLEST_TILE), LARGEST_KEY_TILE))
+    largest, blocks = BAND if mask.is_band else WIDE
+    tile = tuple(
+        _tile(n, max(min(n // blocks, most), SMALLEST_TILE)) for n, most in zip((length, keys), largest, strict=True)
+    )
     if length % tile[0] or keys % tile[1]:
         mask = mask & masks.query(INSIDE, 1, 1) & masks.key(INSIDE, 1, 1)
     return Problem(mask, scale, tile)

@@ -54,6 +54,11 @@ class Mask:
         return self.query_fields | self.key_fields
 
     @property
+    def is_band(self) -> bool:
+        """Whether the formula bounds a difference of two fields on both sides, as windows and documents do."""
+        return False
+
+    @property
     def heads(self) -> int | None:
         """The number of heads that its switches speak of; None where the formula is the same for every head."""
         return None
@@ -183,6 +188,8 @@ class And(Mask):
 
     terms: tuple[Mask, ...]
 
+    is_band = property(lambda self: any(term.is_band for term in self.terms))
+
     @property
     def query_reads(self):
         return frozenset().union(*(term.query_reads for term in self.terms))
@@ -222,6 +229,8 @@ class Not(Mask):
     """Visible where the term is not. A disjunction is the negation of a conjunction of negations, and prints as `|`."""
 
     term: Mask
+
+    is_band = property(lambda self: self.term.is_band)
 
     def __invert__(self):
         return self.term

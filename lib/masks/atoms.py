@@ -32,6 +32,7 @@ class Difference(Atom):
     about = property(lambda self: (self.query_field, self.key_field))
     query_reads = property(lambda self: reads(self.query_field, *EXTENT))
     key_reads = property(lambda self: reads(self.key_field, *EXTENT))
+    is_band = property(lambda self: None not in (self.query_field, self.key_field, self.low, self.high))
 
     def tile(self, query, key):
         difference = value(query, self.query_field) - value(key, self.key_field)
