@@ -129,7 +129,8 @@ def reference(mask, scale, score, q_BTHD, k_BSKD, v_BSKV, q_tokens, k_tokens):
     wide = jnp.promote_types(q_BTHD.dtype, jnp.float32)
     heads, group = q_BTHD.shape[2], q_BTHD.shape[2] // k_BSKD.shape[2]
     q, k, v = (x.astype(wide) for x in (q_BTHD, jnp.repeat(k_BSKD, group, 2), jnp.repeat(v_BSKV, group, 2)))
-    visible_BHTS = jnp.stack([formula.dense(q_tokens, k_tokens) for formula in mask.for_heads(heads)], axis=1)
+    formulas = mask.for_heads(heads if mask.heads else 1)
+    visible_BHTS = jnp.stack([formula.dense(q_tokens, k_tokens) for formula in formulas], axis=1)
     score = jax.tree.map(lambda x: x.reshape(1, heads, 1, 1, *x.shape[1:]) if x.ndim else x, score)
     query = {name: x[:, None, :, None] for name, x in q_tokens.fields().items()}
     key = {name: x[:, None, None, :] for name, x in k_tokens.fields().items()}
