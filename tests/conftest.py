@@ -5,6 +5,14 @@ import os
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # inherited by the programs that tests start
 
 import jax
+import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _forget_programs():
+    """Compiled programs keep memory maps; some thousands of them in one process are more than the kernel allows."""
+    yield
+    jax.clear_caches()
