@@ -67,7 +67,18 @@ def score(cls):
     cls = dataclass(frozen=True, eq=False)(cls)
     meta = [f.name for f in fields(cls) if f.metadata.get("static")]
     data = [f.name for f in fields(cls) if f.name not in meta]
-    return jax.tree_util.register_dataclass(cls, data_fields=data, meta_fields=meta)
+
+    def flatten(score):
+        leaves = tuple((jax.tree_util.GetAttrKey(name), getattr(score, name)) for name in data)
+        return leaves, tuple(getattr(score, name) for name in meta)
+
+    def unflatten(static, leaves):
+        return cls(**dict(zip(meta, static, strict=True)), **dict(zip(data, leaves, strict=True)))
+
+    # Not with register_dataclass: its treedefs of two classes compare equal (jax 0.10 to 0.12), so that jit runs the
+    # program of one score for another when their hashes fall together.
+    jax.tree_util.register_pytree_with_keys(cls, flatten, unflatten)
+    return cls
 
 
 static = functools.partial(field, metadata={"static": True})
@@ -94,47 +105,48 @@ class Temperature(Score):
         return self.factor * s
 
 
+class OfDistance(Score):
+    """Of how far back the key is, by the field `name`."""
+
+    name: str
+
+    @property
+    def reads(self):
+        return frozenset({self.name})
+
+    def back(self, query: Mapping, key: Mapping):
+        return query[self.name] - key[self.name]
+
+
 @score
-class Power(Score):
+class Power(OfDistance):
     power: jax.Array
     slope: jax.Array
     name: str = static()
 
-    @property
-    def reads(self):
-        return frozenset({self.name})
-
     def logit(self, s, query, key):
-        distance = abs(query[self.name] - key[self.name]).astype(s.dtype)
+        distance = abs(self.back(query, key)).astype(s.dtype)
         return s - self.power * jnp.log1p(distance) - self.slope * distance
 
 
 @score
-class Alibi(Score):
+class Alibi(OfDistance):
     slope: jax.Array
     name: str = static()
 
-    @property
-    def reads(self):
-        return frozenset({self.name})
-
     def logit(self, s, query, key):
-        return s - self.slope * abs(query[self.name] - key[self.name]).astype(s.dtype)
+        return s - self.slope * abs(self.back(query, key)).astype(s.dtype)
 
 
 @score
-class T5Bias(Score):
+class T5Bias(OfDistance):
     table: jax.Array
     thresholds: tuple[int, ...] = static()
     bidirectional: bool = static()
     name: str = static()
 
-    @property
-    def reads(self):
-        return frozenset({self.name})
-
     def logit(self, s, query, key):
-        back = query[self.name] - key[self.name]
+        back = self.back(query, key)
         distance = abs(back) if self.bidirectional else jnp.maximum(back, 0)
         bucket = sum((distance >= threshold).astype(jnp.int32) for threshold in self.thresholds)
         if self.bidirectional:

@@ -1,5 +1,7 @@
 """Scores: their meaning, the gradients of their parameters, their composition, and the errors of wrong ones."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -47,6 +49,15 @@ def test_heads_and_batches_that_are_spread_add_up_their_gradients():
             check_score(System(parallel=Ring(mesh)), RULE, case, given, visible(RULE, given))
 
 
+def test_scores_of_different_classes_never_share_a_program():
+    """Unequal treedefs, not only unequal hashes: else jit takes one for the other when their hashes fall together."""
+    structures = [jax.tree.structure(case.score) for case in CASES]
+    assert len({case.name for case in CASES}) == len(CASES) == len(structures)
+    for a, b in itertools.combinations(range(len(CASES)), 2):
+        assert structures[a] != structures[b] or type(CASES[a].score) is type(CASES[b].score)
+    assert jax.tree.structure(scores.alibi(HEADS)) == jax.tree.structure(scores.alibi(2 * HEADS))
+
+
 def attend(score, given, **how):
     q, k, v, q_tokens, k_tokens, *_ = given
     return striate.attention(q, k, v, mask=masks.causal(), score=score, q_tokens=q_tokens, k_tokens=k_tokens, **how)
@@ -87,22 +98,18 @@ def test_signed_weights_of_positive_logits_are_the_softmax_and_a_turned_query_tu
 
 
 def test_a_sink_is_one_more_key_of_value_zero():
-    given = problem(batch=1)
-    q, k, v, *_ = given
+    q, k, v, *_ = problem(batch=1, kv_heads=HEADS)
     logits = np.float32([0.5, -1.0, 2.0, 0.0])
-    # A unit query column meets the logit in the key's column; all others meet 0 there.
-    kv = 4
-    k, v = (np.repeat(x, kv // x.shape[2], axis=2) for x in (k, v))
-    sink_k = np.zeros((1, 1, kv, 17), np.float32)
-    sink_k[0, 0, :, -1] = logits * 17**0.5 / 1
-    wide_q = np.concatenate([q * (17 / 16) ** 0.5, np.ones((*q.shape[:3], 1), np.float32)], -1)
-    wide_k = np.concatenate([sink_k, np.concatenate([k, np.zeros((*k.shape[:3], 1), np.float32)], -1)], 1)
-    wide_v = np.concatenate([np.zeros_like(v[:, :1]), v], 1)
-    first = Tokens(position=np.full((1, 1), -1, np.int32))
+    # A further column of the queries is 1 and meets the logit in the first key; in all others it meets 0.
+    first = np.zeros((1, 1, HEADS, 17), np.float32)
+    first[0, 0, :, -1] = logits * 4
+    wide_q, wide_k = (np.pad(x, [(0, 0)] * 3 + [(0, 1)], constant_values=last) for x, last in ((q, 1), (k, 0)))
+    wide_k, wide_v = np.concatenate([first, wide_k], 1), np.pad(v, [(0, 0), (1, 0), (0, 0), (0, 0)])
     rest = Tokens(position=np.arange(56, dtype=np.int32)[None])
-    keys = Tokens(position=np.concatenate([first.position, rest.position], 1))
-    expected = striate.attention(wide_q, wide_k, wide_v, mask=masks.causal(), q_tokens=rest, k_tokens=keys)
-    got = striate.attention(q, k, v, mask=masks.causal(), score=scores.sink_logit(logits), q_tokens=rest)
+    keys = Tokens(position=np.arange(-1, 56, dtype=np.int32)[None])
+    causal = {"mask": masks.causal(), "q_tokens": rest}
+    expected = striate.attention(wide_q, wide_k, wide_v, k_tokens=keys, scale=1 / 4, **causal)
+    got = striate.attention(q, k, v, score=scores.sink_logit(logits), **causal)
     np.testing.assert_allclose(got, expected, rtol=2e-5, atol=2e-6)
 
 
@@ -158,7 +165,7 @@ def test_buckets_are_those_of_the_paper(buckets, farthest, both):
     assert set(expected) == set(range(buckets)) - ({buckets // 2} if both else set())
 
 
-def test_parameters_learn_under_jit_and_scan():
+def test_gradients_of_parameters_are_those_of_finite_differences():
     given = problem()
 
     @jax.jit
