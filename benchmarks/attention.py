@@ -1,11 +1,11 @@
 """Attention on this machine's default device, as ratios against named rivals in one run.
 
-    python benchmarks/attention.py [causal packed tiles] [--length 8192] [--json FILE]
+    python benchmarks/attention.py [causal packed tiles band-tiles] [--length 8192] [--json FILE]
 
 causal: forward + backward, 8 heads of 64, float32, against jax.nn.dot_product_attention (xla), tokamax's xla_chunked
 (where tokamax is installed), and the same blockwise code made to visit every block.
 packed: documents of about 1k tokens against the causal mask of the same length.
-tiles: the blockwise form over tile lengths, which is how lib/blockwise.py chose its own.
+tiles, band-tiles: the causal mask and a window of 1024 over tile lengths, which is how lib/blockwise.py chose its own.
 
 The limit beside each row is the time of its floating-point operations alone, at the rate of a large matrix product
 measured in the same run. Temp is what the compiled program allocates beside its arguments and results.
@@ -132,14 +132,23 @@ def packed(length: int, rate: float) -> list[Row]:
 
 
 def tiles(length: int, rate: float) -> list[Row]:
-    rows, tokens, mask = [], Tokens.arange(1, length), masks.causal()
+    return tiles_of(masks.causal(), length, rate)
+
+
+def band_tiles(length: int, rate: float) -> list[Row]:
+    return tiles_of(masks.window(DOCUMENT - 1), length, rate)
+
+
+def tiles_of(mask: masks.Mask, length: int, rate: float) -> list[Row]:
+    rows, tokens = [], Tokens.arange(1, length)
+    pairs = float(np.minimum(np.arange(length) + 1, DOCUMENT if mask.is_band else length).sum())
     for queries in (64, 128, 256, 512):
         for keys in (128, 256, 512, 1024):
             problem = blockwise.Problem(mask, WIDTH**-0.5, (queries, keys))
             blockwise_plan, blockwise.plan = blockwise.plan, lambda *_, problem=problem: problem
             try:
                 name = f"{queries} x {keys}"
-                rows.append(measure(name, ours(mask, tokens), length, length * (length + 1) / 2, rate))
+                rows.append(measure(name, ours(mask, tokens), length, pairs, rate))
             finally:
                 blockwise.plan = blockwise_plan
     return rows
@@ -164,7 +173,12 @@ def show(title: str, rows: list[Row]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    cases = {"causal": (causal, 8192), "packed": (packed, 16384), "tiles": (tiles, 8192)}
+    cases = {
+        "causal": (causal, 8192),
+        "packed": (packed, 16384),
+        "tiles": (tiles, 8192),
+        "band-tiles": (band_tiles, 16384),
+    }
     parser.add_argument("cases", nargs="*", default=["causal", "packed"], metavar="CASE", help=", ".join(cases))
     parser.add_argument("--length", type=int, help="tokens, instead of 8192 (packed: 16384)")
     parser.add_argument("--json", type=Path, help="also write the figures here")

@@ -150,9 +150,7 @@ def reference(mask, scale, score, q_BTHD, k_BSKD, v_BSKV, q_tokens, k_tokens):
 def _by_formula(parallel, mask, scale, score, q, k, v, q_tokens, k_tokens, known):
     """Heads that have the same formula are attended together, so that each formula skips what it hides."""
     heads, group = q.shape[2], q.shape[2] // k.shape[2]
-    classes: dict[masks.Mask, list[int]] = {}
-    for head, formula in enumerate(mask.for_heads(heads)):
-        classes.setdefault(formula, []).append(head)
+    classes = mask.by_formula(heads)
     parts = []
     for formula, members in classes.items():
         chosen = parallel.for_tokens(formula, *known)
@@ -277,7 +275,7 @@ def _check_language(mask, score, heads: int, q_tokens: Tokens, k_tokens: Tokens)
         )
     if not isinstance(score, Score):
         raise UserError(f"score is a {type(score).__name__}; attention needs one such as scores.softcap(50.0).")
-    for formula in mask.for_heads(heads):
+    for formula in mask.by_formula(heads):
         formula.check(q_tokens, k_tokens)
     for tokens in (q_tokens, k_tokens):
         scores.check(score, heads, tokens)

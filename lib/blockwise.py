@@ -70,7 +70,7 @@ class Problem(NamedTuple):
 
 # On CPU products reach their rate from 128 x 128 on. A long sequence gains from larger blocks, but a band (a window,
 # packed documents) and a short sequence (the shards of a ring) gain more from having blocks to skip. The largest tile
-# of each, and how many blocks there are at least where it allows (benchmarks/attention.py tiles).
+# of each, and how many blocks there are at least where it allows (benchmarks/attention.py tiles, band-tiles).
 SMALLEST_TILE = 128
 WIDE, BAND = ((256, 512), 8), ((128, 256), 16)
 

@@ -77,7 +77,7 @@ class ShowMask:
         work = predict(mask, tokens, layouts, self.tile)
         console = Console(highlight=False)
         console.print(Text.assemble((str(mask), "bold"), f"   {self.length} tokens in the order {layout}"))
-        formulas = by_formula(mask)
+        formulas = {formula: named(heads) for formula, heads in mask.by_formula(mask.heads or 1).items()}
         for formula, heads in formulas.items():
             if mask.heads:
                 console.print(Text.assemble(f"\n{heads}: ", (str(formula), "bold")))
@@ -169,15 +169,8 @@ def make_layouts(shards: int, tile: int, stripe: int | None = None) -> dict[str,
     return {"contiguous": Contiguous(shards), **striped, "zigzag": ZigZag(shards)}
 
 
-def by_formula(mask: masks.Mask) -> dict[masks.Mask, str]:
-    """Each formula that a head of the mask has, and which heads have it, as in "heads 0, 2-5"."""
-    heads: dict[masks.Mask, list[int]] = {}
-    for head, formula in enumerate(mask.for_heads(mask.heads or 1)):
-        heads.setdefault(formula, []).append(head)
-    return {formula: _runs(same) for formula, same in heads.items()}
-
-
-def _runs(heads: list[int]) -> str:
+def named(heads: list[int]) -> str:
+    """Such as "heads 0, 2-5"."""
     starts = [head for head in heads if head - 1 not in heads]
     ends = [head for head in heads if head + 1 not in heads]
     runs = [f"{start}" if start == end else f"{start}-{end}" for start, end in zip(starts, ends, strict=True)]

@@ -8,6 +8,7 @@ import jax
 import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
+jax.devices()  # settles the number, whichever test comes first
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -79,16 +78,12 @@ class TileMap:
         Raises:
           UserError: Tokens that are known only as a program runs, or that lack a field of the formula.
         """
-        if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(tokens)):
-            raise UserError(
-                "Work is counted on the host, and these Tokens are traced by jit: count it before the program."
-            )
-        tokens = jax.tree.map(np.asarray, tokens)
+        tokens = on_host(tokens)
         query_blocks, key_blocks = _blocks(tokens.as_queries(), shards, tile[0]), _blocks(tokens, shards, tile[1])
         (batch, queries, _), keys = query_blocks["position"].shape, key_blocks["position"].shape[1]
         rows = batch * (mask.heads or 1)
         mixed, full = np.zeros((2, queries, keys), np.min_scalar_type(rows))
-        for formula, heads in Counter(mask.for_heads(mask.heads or 1)).items():
+        for formula, heads in mask.by_formula(mask.heads or 1).items():
             formula.check(tokens, tokens)
             query, key = formula.query_summaries(query_blocks), formula.key_summaries(key_blocks)
             key = {read: x[:, None, :] for read, x in key.items()}
@@ -97,7 +92,7 @@ class TileMap:
                 verdict = formula.verdict({read: x[:, some, None] for read, x in query.items()}, key)
                 verdict = np.broadcast_to(verdict, (batch, some.stop - some.start, keys))
                 for counts, kind in ((mixed, MIXED), (full, ALL)):
-                    counts[some] += (heads * (verdict == kind).sum(0)).astype(counts.dtype)
+                    counts[some] += (len(heads) * (verdict == kind).sum(0)).astype(counts.dtype)
         return cls(mixed, full, rows)
 
     @cached_property

@@ -86,6 +86,17 @@ class Mask:
             )
         return tuple(self._head(index) for index in range(heads))
 
+    def by_formula(self, heads: int) -> dict[Mask, list[int]]:
+        """Each formula that a head has, and which of the heads have it: attention computes those together.
+
+        Raises:
+          UserError: the switches speak of another number of heads.
+        """
+        members: dict[Mask, list[int]] = {}
+        for head, formula in enumerate(self.for_heads(heads)):
+            members.setdefault(formula, []).append(head)
+        return members
+
     def tile(self, query: Mapping, key: Mapping):
         """Visibility from fields of `query` as (..., q, 1) and of `key` as (..., 1, k); broadcasts to (..., q, k).
 

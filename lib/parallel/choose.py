@@ -182,11 +182,8 @@ def _by_formula(mask: Mask, whole: Problem, tensor: int) -> dict[Mask, Problem]:
 
     Key/value heads are repeated for a formula that not all heads of their group share.
     """
-    group, members = whole.heads // whole.kv_heads, {}
-    for head, formula in enumerate(mask.for_heads(whole.heads * tensor)):
-        members.setdefault(formula, []).append(head)
-    problems = {}
-    for formula, own in members.items():
+    group, problems = whole.heads // whole.kv_heads, {}
+    for formula, own in mask.by_formula(whole.heads * tensor).items():
         groups = Counter(head // group for head in own)
         kv_heads = len(groups) if set(groups.values()) == {group} else len(own)
         if len(own) % tensor or kv_heads % tensor:

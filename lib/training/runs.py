@@ -95,7 +95,7 @@ def read_config(path: Path) -> dict:
       UserError: there is no run, or its config cannot be read.
     """
     try:
-        return _upgraded(json.loads((path / CONFIG).read_text()))
+        return json.loads((path / CONFIG).read_text())
     except (OSError, json.JSONDecodeError):
         raise UserError(f"{path} holds no run ({CONFIG} is missing or damaged): give the directory of one.") from None
 
@@ -130,14 +130,6 @@ def _build(kind, value):
     if typing.get_origin(kind) is tuple:
         return tuple(_build(typing.get_args(kind)[0], item) for item in value)
     return value
-
-
-def _upgraded(config: dict) -> dict:
-    """The config as it is written today: one base of rotary positions for all layers was a field of the model."""
-    theta = config.get("model", {}).pop("rope_theta", None)
-    for layer in config["model"]["pattern"] if theta else ():
-        layer["position"] = f"Rope(theta={theta})"
-    return config
 
 
 def _fields(config: dict) -> dict:

@@ -225,18 +225,3 @@ def test_where_the_work_lies_may_change_and_what_is_computed_may_not(experiment,
             runs.compare(directory, change(experiment, path, value))
     (directory / "checkpoints" / "2").rmdir()
     runs.compare(directory, change(experiment, "run.seed", 1))  # nothing has been trained
-
-
-def test_a_run_from_before_layers_chose_their_positions_goes_on(experiment, change):
-    directory = runs.directory(experiment.run)
-    (directory / "checkpoints" / "2").mkdir(parents=True)
-    config = runs.as_json(experiment)
-    config["model"]["rope_theta"] = 500.0
-    for layer in config["model"]["pattern"]:
-        del layer["position"]
-    (directory / "config.json").write_text(json.dumps(config))
-    same = change(experiment, "model.pattern", (Layer(position="Rope(theta=500.0)"),))
-    runs.compare(directory, same)
-    assert runs.read_experiment(directory, loop.ROOMS).model == same.model
-    with pytest.raises(UserError, match=r"model\.pattern .*theta=500\.0.* -> .*theta=10000\.0"):
-        runs.compare(directory, experiment)
