@@ -62,14 +62,14 @@ class Unskipped(masks.Mask):
         return none & ~none, all_ & ~all_
 
 
-def best_of(function: Callable, *arguments, repeats: int) -> float:
-    """Seconds of the fastest of some calls, after one that does not count."""
+def best_of(function: Callable, *arguments, repeats: int, warm: bool = True) -> float:
+    """Seconds of the fastest of some calls; with `warm`, after one that does not count."""
     seconds = []
-    for _ in range(repeats + 1):
+    for _ in range(repeats + warm):
         start = time.perf_counter()
         jax.block_until_ready(function(*arguments))
         seconds.append(time.perf_counter() - start)
-    return min(seconds[1:])
+    return min(seconds[warm:])
 
 
 def matrix_rate() -> float:

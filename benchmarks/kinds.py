@@ -6,8 +6,10 @@ Rivals: jax.nn.dot_product_attention (xla), tokamax's xla_chunked (where tokamax
 What a rival has an argument for it gets by that argument; the rest by a dense mask or bias, made inside its program.
 A rival whose program allocates more than the memory given does not fit, and is not run.
 
-Each table has the seconds of every one, ours first, and how many times slower or larger the best rival is: above 1
-striate is ahead. float32, 4 heads of 64, but 1 head at 32768.
+The table has our seconds, and how many times slower or larger the best rival is: above 1 striate is ahead. All take
+turns, so that what else the machine does meets them alike, and the best turn of each counts; a rival that is half as
+slow again as the best one in the first turn takes no other. float32, 4 heads of 64,
+but 1 head at 32768.
 """
 
 from __future__ import annotations
@@ -31,6 +33,8 @@ from striate.lib.scores import Score
 from striate.lib.tokens import Tokens
 
 WIDTH, WINDOW, PREFIX, CAP = 64, 1024, 256, 50.0
+OURS = "striate"
+TURNS = {2048: 12, 8192: 5, 32768: 2}
 
 
 class Kind(NamedTuple):
@@ -95,7 +99,7 @@ def programs(name: str, kind: Kind, length: int, heads: int) -> dict[str, Callab
         logits = logits + bias() if kind.slopes else logits
         return jnp.einsum("bhts,bshd->bthd", jax.nn.softmax(jnp.where(shown(), logits, -1e30)), v)
 
-    found = {"striate": ours, "written out": dense}
+    found = {OURS: ours, "written out": dense}
     if not kind.cap:
         found["jax.nn"] = lambda q, k, v: jax.nn.dot_product_attention(q, k, v, implementation="xla", **given())
     try:
@@ -109,26 +113,32 @@ def programs(name: str, kind: Kind, length: int, heads: int) -> dict[str, Callab
     return found
 
 
-def measure(name: str, attend: Callable, arrays, backward: bool, memory: float) -> Figure:
-    """One program: forward, or forward and backward. `memory` in bytes."""
-    q, k, v, d_out = arrays
+def measure(ways: dict[str, Callable], arrays, backward: bool, memory: float) -> list[Figure]:
+    """All programs in turn: forward, or forward and backward. `memory` in bytes."""
+    *qkv, d_out = arrays
+    compiled = {name: build(attend, qkv, d_out if backward else None) for name, attend in ways.items()}
+    sizes = {name: x and x.memory_analysis().temp_size_in_bytes for name, x in compiled.items()}
+    seconds = {name: [] for name, x in compiled.items() if x and sizes[name] <= memory}
+    for turn in range(TURNS.get(qkv[0].shape[1], 1)):
+        least = min((x[0] for name, x in seconds.items() if x and name != OURS), default=0.0)
+        for name, found in seconds.items():
+            if name == OURS or not turn or found[0] <= 1.5 * least:  # the best rival is surely among these
+                found.append(best_of(compiled[name], *qkv, repeats=1, warm=not turn))
+    megabytes = {name: size and size / 1e6 for name, size in sizes.items()}
+    return [Figure(name, min(seconds.get(name, ()), default=None), megabytes[name]) for name in ways]
+
+
+def build(attend: Callable, qkv, d_out=None):
+    """The compiled forward pass, or both where there is a d_out; None where it is not implemented."""
 
     def both(q, k, v):
         out, pull = jax.vjp(attend, q, k, v)
         return out, pull(d_out)
 
     try:
-        program = jax.jit(both if backward else attend).lower(q, k, v).compile()
+        return jax.jit(attend if d_out is None else both).lower(*qkv).compile()
     except NotImplementedError:
-        return Figure(name, None, None)
-    temporaries = program.memory_analysis().temp_size_in_bytes
-    if temporaries > memory:
-        return Figure(name, None, temporaries / 1e6)
-    return Figure(name, best_of(program, q, k, v, repeats=repeats(q)), temporaries / 1e6)
-
-
-def repeats(q) -> int:
-    return {2048: 10, 8192: 2}.get(q.shape[1], 1)
+        return None
 
 
 def run(name: str, length: int, memory: float) -> list[tuple[bool, list[Figure]]]:
@@ -136,7 +146,7 @@ def run(name: str, length: int, memory: float) -> list[tuple[bool, list[Figure]]
     heads = 4 if length < 32768 else 1
     arrays = [jax.random.normal(key, (1, length, heads, WIDTH)) for key in jax.random.split(jax.random.key(0), 4)]
     ways = programs(name, KINDS[name], length, heads)
-    return [(both, [measure(n, f, arrays, both, memory) for n, f in ways.items()]) for both in (False, True)]
+    return [(both, measure(ways, arrays, both, memory)) for both in (False, True)]
 
 
 def row(name: str, length: int, backward: bool, figures: list[Figure]) -> list[str]:

@@ -182,7 +182,7 @@ class Local:
 
     def forward(self, mask, scale, score, q_BTHD, k_BSKD, v_BSKV, q_tokens, k_tokens):
         kv_heads, length = k_BSKD.shape[2], q_BTHD.shape[1]
-        problem = blockwise.plan(mask, scale, length, k_BSKD.shape[1])
+        problem = blockwise.plan(mask, scale, q_BTHD.shape[2], length, k_BSKD.shape[1])
         q = blockwise.queries(problem, q_BTHD, kv_heads)
         k, v = (blockwise.keys_or_values(problem, x) for x in (k_BSKD, v_BSKV))
         sides = blockwise.sides(problem, score, q_tokens, k_tokens)
@@ -192,7 +192,7 @@ class Local:
 
     def backward(self, mask, scale, score, q_BTHD, k_BSKD, v_BSKV, q_tokens, k_tokens, d_out, lse, delta):
         kv_heads, (length, keys) = k_BSKD.shape[2], (q_BTHD.shape[1], k_BSKD.shape[1])
-        problem = blockwise.plan(mask, scale, length, keys)
+        problem = blockwise.plan(mask, scale, q_BTHD.shape[2], length, keys)
         q, d_out, lse, delta = (blockwise.queries(problem, x, kv_heads) for x in (q_BTHD, d_out, lse, delta))
         k, v = (blockwise.keys_or_values(problem, x) for x in (k_BSKD, v_BSKV))
         sides = blockwise.sides(problem, score, q_tokens, k_tokens)

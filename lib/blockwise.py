@@ -68,19 +68,23 @@ class Problem(NamedTuple):
     tile: tuple[int, int]  # lengths of a block of queries and of a block of keys
 
 
-# On CPU products reach their rate from 128 x 128 on. A long sequence gains from larger blocks, but a band (a window,
-# packed documents) and a short sequence (the shards of a ring) gain more from having blocks to skip. The largest tile
-# of each, and how many blocks there are at least where it allows (benchmarks/attention.py tiles, band-tiles).
+# On CPU products reach their rate from 128 x 128 on. A long sequence gains from larger tiles, until the logits of all
+# heads outgrow the cache, but a band (a window, packed documents) and a short sequence (the shards of a ring) gain more
+# from having blocks to skip. How many logits a tile has at most, and how many blocks a sequence has at least where
+# SMALLEST_TILE allows (benchmarks/attention.py tiles, band-tiles).
 SMALLEST_TILE = 128
-WIDE, BAND = ((256, 512), 8), ((128, 256), 16)
+WIDE, BAND = (2**20, 8), (2**18, 16)
 
 
 INSIDE = "_inside"
 
 
-def plan(mask: masks.Mask, scale: float, length: int, keys: int) -> Problem:
+def plan(mask: masks.Mask, scale: float, heads: int, length: int, keys: int) -> Problem:
     """The problem with its tile; where the tile does not divide a length, the mask hides the padding."""
-    largest, blocks = BAND if mask.is_band else WIDE
+    logits, blocks = BAND if mask.is_band else WIDE
+    # Square, or twice as many keys as queries.
+    area = max(logits // heads, 1).bit_length() - 1
+    largest = 2 ** (area // 2), 2 ** (area - area // 2)
     tile = tuple(
         _tile(n, max(min(n // blocks, most), SMALLEST_TILE)) for n, most in zip((length, keys), largest, strict=True)
     )
@@ -164,15 +168,17 @@ def forward(problem: Problem, score: Score, q, k, v, query_fields, key_fields, p
     """Adds the keys k, v to `partial`. Lengths are multiples of the tile."""
     (_, heads, group, length, width), (q_tile, k_tile) = q.shape, problem.tile
     blocks, _ = live_blocks(problem, query_fields, key_fields)
+    # Scaled queries save a pass over every tile; narrow ones would lose bits.
+    before, after = (problem.scale, 1.0) if q.dtype == jnp.float32 else (1.0, problem.scale)
 
     def query_block(index, partial: Partial) -> Partial:
         b, start = blocks.rows[index] // (length // q_tile), blocks.rows[index] % (length // q_tile) * q_tile
-        q_KRD = _block(q, b, start, q_tile, axis=2).reshape(heads, group * q_tile, width)
+        q_KRD = before * _block(q, b, start, q_tile, axis=2).reshape(heads, group * q_tile, width)
         query = _block_fields(query_fields, b, start, q_tile, (1, 1, -1, 1))
 
         def key_block(index, carry: Partial, masked: bool) -> Partial:
             k_start = blocks.order[b, start // q_tile, index] * k_tile
-            s_KRS = problem.scale * _product(q_KRD, _block(k, b, k_start, k_tile, axis=1), "krd,ksd->krs")
+            s_KRS = after * _product(q_KRD, _block(k, b, k_start, k_tile, axis=1), "krd,ksd->krs")
             key = _block_fields(key_fields, b, k_start, k_tile, (1, 1, 1, -1))
             t_KGQS, weight = _scored(score, s_KRS.reshape(heads, group, q_tile, k_tile), query, key, group_axis=1)
             if masked:

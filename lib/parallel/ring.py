@@ -59,7 +59,7 @@ class Ring(SequenceParallel):
 
     def shard_forward(self, mask, scale, score, q, k, v, query_fields, key_fields):
         kv_heads, length = k.shape[2], q.shape[1]
-        problem = blockwise.plan(mask, scale, length, k.shape[1])
+        problem = blockwise.plan(mask, scale, q.shape[2], length, k.shape[1])
         out_dtype, missed = v.dtype, self._missed(mask, query_fields, key_fields)
         q = blockwise.queries(problem, q, kv_heads)
         query_fields, key_fields = blockwise.sides(problem, score, query_fields, key_fields)
@@ -83,7 +83,7 @@ class Ring(SequenceParallel):
 
     def shard_backward(self, mask, scale, score, q, k, v, query_fields, key_fields, d_out, lse, delta):
         kv_heads, (length, keys) = k.shape[2], (q.shape[1], k.shape[1])
-        problem = blockwise.plan(mask, scale, length, keys)
+        problem = blockwise.plan(mask, scale, q.shape[2], length, keys)
         rows = tuple(blockwise.queries(problem, x, kv_heads) for x in (d_out, lse, delta))
         q = blockwise.queries(problem, q, kv_heads)
         query_fields, key_fields = blockwise.sides(problem, score, query_fields, key_fields)
