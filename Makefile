@@ -5,7 +5,7 @@ CONFIG  ?= configs/stdlib.py
 WORKERS ?= 2
 
 SET_UP = pyproject.toml constraints.txt constraints-floor.txt tools/make_venv.sh tools/find_python.sh
-PYTEST = .venv/bin/python -m pytest -n $(WORKERS) --dist loadfile
+PYTEST = .venv/bin/python -m pytest -n $(WORKERS) --dist loadfile --durations 15 --durations-min 5
 
 .PHONY: help setup train test test-fast test-all lint format bench wheel floor clean
 

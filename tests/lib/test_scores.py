@@ -31,9 +31,16 @@ def test_results_and_all_gradients_obey_the_bound(case):
     check_score(System("xla"), RULE, case, given, visible(RULE, given), tile=24)
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("strategy", [Ring, AllGather, Ulysses])
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def every_mesh():
+    """Every score around a ring; by the other strategies those that are made of all the rest, but for the slow run."""
+    for case in CASES:
+        for strategy in (Ring, AllGather, Ulysses):
+            always = strategy is Ring or case.name in ("composed", "custom")
+            marks = pytest.mark.long if always else pytest.mark.slow
+            yield pytest.param(case, strategy, id=f"{case.name}-{strategy.__name__}", marks=marks)
+
+
+@pytest.mark.parametrize(("case", "strategy"), every_mesh())
 def test_it_is_the_same_on_every_mesh(case, strategy):
     mesh = jax.make_mesh((4,), ("sequence",), (jax.sharding.AxisType.Auto,), devices=jax.devices()[:4])
     given = problem(length=104, kv_heads=2)
