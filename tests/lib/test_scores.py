@@ -40,7 +40,7 @@ def every_mesh():
             yield pytest.param(case, strategy, id=f"{case.name}-{strategy.__name__}", marks=marks)
 
 
-@pytest.mark.parametrize(("case", "strategy"), every_mesh())
+@pytest.mark.parametrize(("case", "strategy"), [*every_mesh()])
 def test_it_is_the_same_on_every_mesh(case, strategy):
     mesh = jax.make_mesh((4,), ("sequence",), (jax.sharding.AxisType.Auto,), devices=jax.devices()[:4])
     given = problem(length=104, kv_heads=2)
