@@ -5,7 +5,7 @@
 causal: forward + backward, 8 heads of 64, float32, against jax.nn.dot_product_attention (xla), tokamax's xla_chunked
 (where tokamax is installed), and the same blockwise code made to visit every block.
 packed: documents of about 1k tokens against the causal mask of the same length.
-tiles, band-tiles: the causal mask and a window of 1024 over tile lengths, which is how lib/blockwise.py chose its own.
+tiles, band-tiles: the causal mask and a window of 1024 over tile lengths, for the choice in lib/blockwise.py.
 
 The limit beside each row is the time of its floating-point operations alone, at the rate of a large matrix product
 measured in the same run. Temp is what the compiled program allocates beside its arguments and results.

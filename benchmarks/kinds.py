@@ -8,8 +8,7 @@ A rival whose program allocates more than the memory given does not fit, and is 
 
 The table has our seconds, and how many times slower or larger the best rival is: above 1 striate is ahead. All take
 turns, so that what else the machine does meets them alike, and the best turn of each counts; a rival that is half as
-slow again as the best one in the first turn takes no other. float32, 4 heads of 64,
-but 1 head at 32768.
+slow again as the best one in the first turn takes no other. float32, 4 heads of 64, but 1 head at 32768.
 """
 
 from __future__ import annotations
@@ -123,7 +122,7 @@ def measure(ways: dict[str, Callable], arrays, backward: bool, memory: float) ->
     for turn in range(turns):
         least = min((x[0] for name, x in seconds.items() if x and name != OURS), default=0.0)
         for name, found in seconds.items():
-            if name == OURS or not turn or found[0] <= 1.5 * least:  # the best rival is surely among these
+            if name == OURS or not turn or found[0] <= 1.5 * least:  # the best rival is most likely among these
                 found.append(best_of(compiled[name], *qkv, repeats=1, warm=turn == 0 < turns - 1))
     megabytes = {name: size and size / 1e6 for name, size in sizes.items()}
     return [Figure(name, min(seconds.get(name, ()), default=None), megabytes[name]) for name in ways]

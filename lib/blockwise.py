@@ -68,10 +68,10 @@ class Problem(NamedTuple):
     tile: tuple[int, int]  # lengths of a block of queries and of a block of keys
 
 
-# On CPU products reach their rate from 128 x 128 on. A long sequence gains from larger tiles, until the logits of all
-# heads outgrow the cache, but a band (a window, packed documents) and a short sequence (the shards of a ring) gain more
-# from having blocks to skip. How many logits a tile has at most, and how many blocks a sequence has at least where
-# SMALLEST_TILE allows (benchmarks/attention.py tiles, band-tiles).
+# On CPU products reach their rate from 128 x 128 on. A long sequence gains from larger tiles, the larger the
+# fewer heads there are (seen with 1, 4 and 8 of 64), but a band (a window, packed documents) and a short sequence (the
+# shards of a ring) gain more from having blocks to skip. How many logits a tile of all heads has at most, and how many
+# blocks a sequence has at least where SMALLEST_TILE allows. benchmarks/attention.py tiles, band-tiles: 8 heads.
 SMALLEST_TILE = 128
 WIDE, BAND = (2**20, 8), (2**18, 16)
 

@@ -59,7 +59,6 @@ def test_heads_and_batches_that_are_spread_add_up_their_gradients():
 def test_scores_of_different_classes_never_share_a_program():
     """Unequal treedefs, not only unequal hashes: else jit takes one for the other when their hashes fall together."""
     structures = [jax.tree.structure(case.score) for case in CASES]
-    assert len({case.name for case in CASES}) == len(CASES) == len(structures)
     for a, b in itertools.combinations(range(len(CASES)), 2):
         assert structures[a] != structures[b] or type(CASES[a].score) is type(CASES[b].score)
     assert jax.tree.structure(scores.alibi(HEADS)) == jax.tree.structure(scores.alibi(2 * HEADS))
