@@ -106,9 +106,14 @@ def check(seed: int) -> Drawn:
 
 
 def main(first: int, count: int) -> None:
-    seen, start = collections.Counter(), time.perf_counter()
+    seen, start, failed = collections.Counter(), time.perf_counter(), []
     for seed in range(first, first + count):
-        drawn = check(seed)
+        try:
+            drawn = check(seed)
+        except Exception as error:
+            failed.append(seed)
+            print(f"failed: {error!r}", *error.__notes__, flush=True)
+            continue
         seen[type(drawn.system.parallel).__name__, drawn.system.shards] += 1
         seen[drawn.case.name] += 1
         seen["switches per head"] += drawn.mask.heads is not None
@@ -119,6 +124,8 @@ def main(first: int, count: int) -> None:
             jax.clear_caches()
     for what, times in sorted(seen.items(), key=str):
         print(times, what)
+    if failed:
+        sys.exit(f"{len(failed)} of {count} failed: seeds {failed}")
 
 
 if __name__ == "__main__":

@@ -144,14 +144,16 @@ def magnitudes(case: Case, problem, visible_BHTS, scale: float) -> Truth:
         lse = np.where(visible_BHTS, np.maximum(abs(t), scale * np.einsum("bthd,bshd->bhts", q, k_all)), 0).max(-1)
         d_p = np.einsum("bthv,bshv->bhts", d_out, v_all)
         d_lse = abs(np.float64(problem.d_lse)).swapaxes(1, 2)[..., None]
-        d_logits = p * (abs(w) * d_p + (p * abs(w) * d_p).sum(-1, keepdims=True) + d_lse)
+        d_row = (p * abs(w) * d_p).sum(-1, keepdims=True) + d_lse
+        d_logits = p * (abs(w) * d_p + d_row)
+        d_sink = ((1 - p.sum(-1, keepdims=True)) * d_row).sum()  # the rest of a row is the share of its sink
         d_s = d_logits * abs(d_t) + p * d_p * abs(d_w)
 
         def of_parameter(number: int) -> float:
             ones = [jnp.ones_like(x) if i == number else jnp.zeros_like(x) for i, x in enumerate(parameters)]
             _, (d_t, d_w) = jax.jvp(lambda *x: _pair(case.tile(s, query, key, *x), s), tuple(parameters), tuple(ones))
             total = (d_logits * abs(d_t) + p * d_p * abs(d_w)).sum()
-            return np.asarray(total + d_logits.sum() * (number == case.sink))
+            return np.asarray(d_sink if number == case.sink else total)
 
         def sum_groups(x):
             return x.reshape(*k.shape[:3], group, -1).sum(3)
