@@ -26,10 +26,10 @@ STAIRCASE = {
     "kernels": ("pallas_kernels",),
     "mixers": tuple(f"lib.{name}" for name in MIXERS),
     "parallel": ("lib.parallel",),
-    "models": ("models", "lib.decoding", "lib.analysis"),
+    "models": ("models", "lib.decoding", "lib.analysis", "lib.plan"),
     "training": ("lib.training",),
     "configs": ("configs",),
-    "commands": ("lib.cli", "lib.plan", "lib.show"),
+    "commands": ("lib.cli", "lib.show"),
     "front door": ("__init__", "__main__"),
 }
 
