@@ -1,5 +1,5 @@
 #!/bin/sh
-# Install striate and its pinned packages for development: tools/make_venv.sh .venv 3.13 3.12 3.11
+# Install striate and its pinned packages for development: [EXTRAS=dev,tpu] tools/make_venv.sh .venv 3.13 3.12 3.11
 set -eu
 cd "$(dirname "$0")/.."
 venv=$1
@@ -14,5 +14,5 @@ echo "setting up $venv with $python and $constraints (half a minute on a good ne
 # the first import, which needs a fraction of the files.
 pip() { "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-compile --constraint "$constraints" "$@"; }
 pip setuptools
-pip --no-build-isolation --editable '.[dev]'
+pip --no-build-isolation --editable ".[${EXTRAS:-dev}]"
 touch "$venv/installed"
