@@ -117,14 +117,15 @@ class Bench:
     """Also write the figures to this file."""
 
     def __call__(self) -> None:
-        files = {file.stem: file for file in sorted(ROOT.glob("benchmarks/[a-z]*.py"))}
+        files = {file.stem.replace("_", "-"): file for file in sorted(ROOT.glob("benchmarks/[a-z]*.py"))}
         if not files:
             raise UserError("There are no benchmarks beside the package: they come with a clone of the repository.")
-        if self.name not in files:
-            near = nearest(self.name, files)
+        name = self.name.replace("_", "-")
+        if name not in files:
+            near = nearest(name, files)
             raise UserError(f"There is no benchmark {self.name!r}{near}: there are {', '.join(files)}.")
         figures = ["--json", str(self.json)] if self.json else []
-        raise SystemExit(subprocess.run([sys.executable, str(files[self.name]), *figures], check=False).returncode)
+        raise SystemExit(subprocess.run([sys.executable, str(files[name]), *figures], check=False).returncode)
 
 
 COMMANDS = {

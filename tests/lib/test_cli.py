@@ -202,6 +202,9 @@ def test_bench_runs_the_benchmark_of_that_name(tmp_path, monkeypatch, capsys):
     assert "'speed'" in refused(["bench", "sped"], capsys)
     assert main(["bench", "speed", "--json", str(tmp_path / "figures")]) == 3
     assert (tmp_path / "figures").read_text() == "--json"
+    (tmp_path / "benchmarks" / "top_speed.py").write_text("import sys; sys.exit(4)")
+    assert main(["bench", "top-speed"]) == main(["bench", "top_speed"]) == 4
+    assert "'top-speed'" in refused(["bench", "top-sped"], capsys)
 
 
 def test_help_imports_nothing_heavy():
