@@ -33,7 +33,6 @@ from rich.console import Console
 from rich.table import Table
 
 from striate.lib.analysis.tpu_schedule import schedule_for
-from striate.lib.errors import UserError
 
 RESULTS = Path(__file__).parent / "results" / "tpu-schedule.json"
 HEADS, LENGTH, TILE = 4, 8192, 1024
@@ -189,13 +188,8 @@ def rivals(chip: str, width: int, everything: bool) -> Iterator[Case]:
 
 
 def measure(chip: str, width: int, case: Case) -> list[Figure]:
-    """The figures of one case; none where it does not compile, which is for want of memory on the chip."""
-    try:
-        _, kernels = schedule_for(CHIPS[chip].topology, case.function, *case.args)
-    except UserError:
-        raise
-    except (jax.errors.JaxRuntimeError, ValueError, NotImplementedError):
-        return []
+    """The figures of one case."""
+    _, kernels = schedule_for(CHIPS[chip].topology, case.function, *case.args)
     area, sums = TILE * TILE / (case.tile[0] * case.tile[1]), {}
     for kernel in kernels:
         direction = PASSES[bool(BACKWARD.search(kernel.name))]
@@ -225,8 +219,12 @@ def run(chip: str, width: int, everything: bool, console: Console) -> list[Figur
     found = []
     with console.status("") as status:
         for index, case in enumerate(cases, 1):
-            status.update(f"{chip}, heads of {width}: {index} of {len(cases)}, {case.kernel} {case.blocks}")
-            found += measure(chip, width, case)
+            name = f"{chip}, heads of {width}, {case.kernel} {case.blocks} {' and '.join(case.directions)}"
+            status.update(f"{index} of {len(cases)}: {name}")
+            try:
+                found += measure(chip, width, case)
+            except jax.errors.JaxRuntimeError as error:  # most often because its blocks are too large for the memory
+                console.print(f"{name} does not compile: {str(error).splitlines()[0][:200]}", style="dim")
     return best(found)
 
 

@@ -1,1 +1,1 @@
-"""Analysis: pictures of losses, masks and layouts."""
+"""Analysis: pictures of losses, masks and layouts; the machine schedule of TPU kernels."""

@@ -98,9 +98,13 @@ def _blocks(schedule: str, use: str) -> tuple[Block, ...]:
     units = [name.strip() for name in names.split(",")]
     capacity = dict(zip(units, map(int, capacities.split()), strict=True))
     rows = [tuple(map(int, line.split())) for line in lines if line.strip()]
-    starts, branched = [], True
     bundles = [found for line in schedule.splitlines() if (found := BUNDLE.match(line))]
-    for index, bundle in enumerate(bundles[: len(rows)]):
+    if len(bundles) != len(rows):
+        raise ValueError(
+            f"A schedule of {len(bundles)} bundles has the use of {len(rows)}: libtpu writes another form."
+        )
+    starts, branched = [], True
+    for index, bundle in enumerate(bundles):
         if branched or bundle["label"]:
             starts.append(index)
         branched = "sbr.rel" in bundle["instructions"]

@@ -60,6 +60,12 @@ def test_kernels_come_in_the_order_of_compilation_and_those_without_a_schedule_a
     assert [kernel.name for kernel in tpu_schedule.read(tmp_path)] == ["b[0].1", "b[0].2"]
 
 
+def test_another_form_is_refused_with_its_numbers(tmp_path):
+    write(tmp_path, "17", "attention", SCHEDULE, USE + "0 0 0 0 0\n")
+    with pytest.raises(ValueError, match="6 bundles has the use of 7"):
+        tpu_schedule.read(tmp_path)
+
+
 # A process of its own, because libtpu writes schedules only where its first load in a process asked for them.
 MATMUL = """
 import json, sys
