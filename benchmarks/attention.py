@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -26,8 +27,9 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from striate.lib import blockwise, masks
+from striate.lib import masks
 from striate.lib.attention import attention
+from striate.lib.blockwise import Blockwise
 from striate.lib.tokens import Tokens
 
 HEADS, WIDTH = 8, 64
@@ -144,13 +146,8 @@ def tiles_of(mask: masks.Mask, length: int, rate: float) -> list[Row]:
     pairs = float(np.minimum(np.arange(length) + 1, DOCUMENT if mask.is_band else length).sum())
     for queries in (64, 128, 256, 512):
         for keys in (128, 256, 512, 1024):
-            problem = blockwise.Problem(mask, WIDTH**-0.5, (queries, keys))
-            blockwise_plan, blockwise.plan = blockwise.plan, lambda *_, problem=problem: problem
-            try:
-                name = f"{queries} x {keys}"
-                rows.append(measure(name, ours(mask, tokens), length, pairs, rate))
-            finally:
-                blockwise.plan = blockwise_plan
+            with mock.patch.object(Blockwise, "choose_tile", lambda *_, tile=(queries, keys): tile):
+                rows.append(measure(f"{queries} x {keys}", ours(mask, tokens), length, pairs, rate))
     return rows
 
 

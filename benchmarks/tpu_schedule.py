@@ -44,7 +44,7 @@ OURS = "striate"
 # Queries and keys of a block, and keys that are computed at a time.
 SIDES, PARTS = (512, 1024, 2048), (256, 512, 1024, 2048)
 ALL_BLOCKS = [blocks for blocks in itertools.product(SIDES, SIDES, PARTS) if blocks[2] <= blocks[1]]
-SOME_BLOCKS = [(1024, 1024, 1024), (1024, 1024, 512), (1024, 2048, 256), (2048, 1024, 1024)]
+SOME_BLOCKS = [(512, 2048, 1024), (1024, 1024, 512), (1024, 2048, 256), (1024, 2048, 1024)]
 
 
 class Chip(NamedTuple):

@@ -14,12 +14,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from striate.lib import blockwise, masks, scores
+from striate.lib import masks, scores
+from striate.lib.blockwise import Blockwise
 from striate.lib.errors import UserError
 from striate.lib.scores import Score
+from striate.lib.tiles import LOWEST, Partial, Task, Tiled, natural, vary_alike
 from striate.lib.tokens import Tokens
+from striate.pallas_kernels.tpu.chips import target
 
-IMPLEMENTATIONS = ("reference", "xla", "pallas_tpu", "pallas_gpu")
+IMPLEMENTATIONS = ("reference", "xla", "pallas_tpu", "pallas_tpu_interpret", "pallas_gpu")
 
 
 class Parallel(Protocol):
@@ -28,10 +31,10 @@ class Parallel(Protocol):
     def for_tokens(self, mask, q_tokens, k_tokens):
         """What is to be used for these Tokens: itself, or what their values, where known, let it leave out."""
 
-    def forward(self, mask, scale, score, q_BTHD, k_BSKD, v_BSKV, q_tokens, k_tokens):
+    def forward(self, task, score, q_BTHD, k_BSKD, v_BSKV, q_tokens, k_tokens):
         """(out (B, T, H, V) in the dtype of v, lse float32 (B, T, H))."""
 
-    def backward(self, mask, scale, score, q_BTHD, k_BSKD, v_BSKV, q_tokens, k_tokens, d_out, lse, delta):
+    def backward(self, task, score, q_BTHD, k_BSKD, v_BSKV, q_tokens, k_tokens, d_out, lse, delta):
         """(d_score, dq, dk, dv), all float32; lse and delta (B, T, H) as the algebra of lib/blockwise.py has them."""
 
 
@@ -62,7 +65,8 @@ def attention(
       q_tokens: Tokens of the queries, (batch, length); None is Tokens.arange, where length == key length.
       k_tokens: Tokens of the keys; None is q_tokens, where length == key length.
       scale: factor of the logits; None is head_dim ** -0.5.
-      implementation: None (best for the device), "reference", "xla", or several to try in turn.
+      implementation: None (best for the device), "reference", "xla", "pallas_tpu", or several to try in turn.
+        "pallas_tpu_interpret" runs the program of the TPU kernel on any device, slowly.
       parallel: how the sequence crosses devices (striate.parallel); None leaves it on each device.
       return_lse: also return the log-sum-exp of the visible logits.
 
@@ -84,12 +88,13 @@ def attention(
     _check_language(mask, score, q_BTHD.shape[2], q_tokens, k_tokens)
     scale = q_BTHD.shape[-1] ** -0.5 if scale is None else float(scale)
     q, k, v, tile_score = score.prepare(q_BTHD, k_BSKD, v_BSKV, scale)
-    if _choose(implementation, parallel) == "reference":
+    if (form := _choose(implementation, parallel)) == "reference":
         out, lse = reference(mask, scale, tile_score, q, k, v, q_tokens, k_tokens)
     else:
         tile_score = jax.tree.map(lambda x: x.astype(jnp.float32), tile_score)
-        arrays = blockwise.vary_alike((tile_score, q, k, v, q_tokens.as_queries(), k_tokens))
-        out, lse = _by_formula(parallel or Local(), mask, scale, *arrays, known or (q_tokens, k_tokens))
+        arrays = vary_alike((tile_score, q, k, v, q_tokens.as_queries(), k_tokens))
+        task = Task(mask, scale, _tiled(form))
+        out, lse = _by_formula(parallel or Local(), task, *arrays, known or (q_tokens, k_tokens))
     out, lse = score.finish(out, lse)
     return (out, lse) if return_lse else out
 
@@ -115,7 +120,7 @@ def merge(*partials: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]
             "(..., width) and (...)."
         )
     lses = jnp.stack([lse for _, lse in partials])
-    top = jax.lax.stop_gradient(jnp.maximum(lses.max(0), blockwise.LOWEST))
+    top = jax.lax.stop_gradient(jnp.maximum(lses.max(0), LOWEST))
     weights = jnp.exp(lses - top[None])
     total = weights.sum(0)
     safe = jnp.where(total > 0, total, 1.0)
@@ -136,7 +141,7 @@ def reference(mask, scale, score, q_BTHD, k_BSKD, v_BSKV, q_tokens, k_tokens):
     key = {name: x[:, None, None, :] for name, x in k_tokens.fields().items()}
     logits, factor = score.tile(scale * jnp.einsum("bthd,bshd->bhts", q, k), query, key)
     logits = jnp.where(visible_BHTS, logits, -jnp.inf)
-    top = jax.lax.stop_gradient(logits.max(-1, keepdims=True, initial=blockwise.LOWEST))
+    top = jax.lax.stop_gradient(logits.max(-1, keepdims=True, initial=LOWEST))
     weights = jnp.where(visible_BHTS, jnp.exp(logits - top), 0.0)
     total = weights.sum(-1)
     seen = total > 0
@@ -147,21 +152,21 @@ def reference(mask, scale, score, q_BTHD, k_BSKD, v_BSKV, q_tokens, k_tokens):
     return jnp.einsum("bhts,bshv->bthv", weights, v).astype(v_BSKV.dtype), lse_BHT.swapaxes(1, 2)
 
 
-def _by_formula(parallel, mask, scale, score, q, k, v, q_tokens, k_tokens, known):
+def _by_formula(parallel, task, score, q, k, v, q_tokens, k_tokens, known):
     """Heads that have the same formula are attended together, so that each formula skips what it hides."""
     heads, group = q.shape[2], q.shape[2] // k.shape[2]
-    classes = mask.by_formula(heads)
+    classes = task.mask.by_formula(heads)
     parts = []
     for formula, members in classes.items():
-        chosen = parallel.for_tokens(formula, *known)
+        chosen, task = parallel.for_tokens(formula, *known), task._replace(mask=formula)
         if len(classes) == 1:
-            return _attend(chosen, formula, scale, score, q, k, v, q_tokens, k_tokens)
+            return _attend(chosen, task, score, q, k, v, q_tokens, k_tokens)
         kv_members = [head // group for head in members]
         if kv_members == [head for head in kv_members[::group] for _ in range(group)]:
             kv_members = kv_members[::group]  # whole groups: their keys are still not repeated
         taken = _heads(q, members), _heads(k, kv_members), _heads(v, kv_members)
         own = jax.tree.map(lambda x, members=members: _heads(x, members, axis=0) if x.ndim else x, score)
-        parts.append(_attend(chosen, formula, scale, own, *taken, q_tokens, k_tokens))
+        parts.append(_attend(chosen, task, own, *taken, q_tokens, k_tokens))
     back = np.argsort([*itertools.chain(*classes.values())]).tolist()
     return tuple(_heads(jnp.concatenate(x, axis=2), back) for x in zip(*parts, strict=True))
 
@@ -180,41 +185,44 @@ class Local:
     def for_tokens(self, mask, q_tokens, k_tokens):
         return self
 
-    def forward(self, mask, scale, score, q_BTHD, k_BSKD, v_BSKV, q_tokens, k_tokens):
+    def forward(self, task, score, q_BTHD, k_BSKD, v_BSKV, q_tokens, k_tokens):
         kv_heads, length = k_BSKD.shape[2], q_BTHD.shape[1]
-        problem = blockwise.plan(mask, scale, q_BTHD.shape[2], length, k_BSKD.shape[1])
-        q = blockwise.queries(problem, q_BTHD, kv_heads)
-        k, v = (blockwise.keys_or_values(problem, x) for x in (k_BSKD, v_BSKV))
-        sides = blockwise.sides(problem, score, q_tokens, k_tokens)
-        partial = blockwise.Partial.empty(q, v.shape[-1])
-        out, lse = blockwise.forward(problem, score, q, k, v, *sides, partial).finish(score.normalised)
-        return blockwise.natural(out, length).astype(v_BSKV.dtype), blockwise.natural(lse, length)
+        problem = task.plan(q_BTHD.shape[2], length, k_BSKD.shape[1])
+        q = problem.queries(q_BTHD, kv_heads)
+        k, v = (problem.keys_or_values(x) for x in (k_BSKD, v_BSKV))
+        sides = problem.sides(score, q_tokens, k_tokens)
+        partial = Partial.empty(q, v.shape[-1])
+        out, lse = problem.forward(score, q, k, v, *sides, partial).finish(score.normalised)
+        return natural(out, length).astype(v_BSKV.dtype), natural(lse, length)
 
-    def backward(self, mask, scale, score, q_BTHD, k_BSKD, v_BSKV, q_tokens, k_tokens, d_out, lse, delta):
+    def backward(self, task, score, q_BTHD, k_BSKD, v_BSKV, q_tokens, k_tokens, d_out, lse, delta):
         kv_heads, (length, keys) = k_BSKD.shape[2], (q_BTHD.shape[1], k_BSKD.shape[1])
-        problem = blockwise.plan(mask, scale, q_BTHD.shape[2], length, keys)
-        q, d_out, lse, delta = (blockwise.queries(problem, x, kv_heads) for x in (q_BTHD, d_out, lse, delta))
-        k, v = (blockwise.keys_or_values(problem, x) for x in (k_BSKD, v_BSKV))
-        sides = blockwise.sides(problem, score, q_tokens, k_tokens)
-        sums = blockwise.empty_sums(problem, score, q)
-        sums, dk, dv = blockwise.backward(problem, score, q, k, v, d_out, lse, delta, *sides, sums)
-        dq = blockwise.natural(blockwise.finish_dq(problem, sums[0], q), length)
+        problem = task.plan(q_BTHD.shape[2], length, keys)
+        q, (d_out, lse, delta) = (
+            problem.queries(q_BTHD, kv_heads),
+            (problem.rows(x, kv_heads) for x in (d_out, lse, delta)),
+        )
+        k, v = (problem.keys_or_values(x) for x in (k_BSKD, v_BSKV))
+        sides = problem.sides(score, q_tokens, k_tokens)
+        sums = problem.empty_sums(score, q)
+        sums, dk, dv = problem.backward(score, q, k, v, d_out, lse, delta, *sides, sums)
+        dq = natural(problem.finish_dq(sums[0], q), length)
         return sums[1], dq, dk[:, :, :keys].swapaxes(1, 2), dv[:, :, :keys].swapaxes(1, 2)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _attend(parallel, mask, scale, score, q, k, v, q_tokens, k_tokens):
-    return parallel.forward(mask, scale, score, q, k, v, q_tokens, k_tokens)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attend(parallel, task, score, q, k, v, q_tokens, k_tokens):
+    return parallel.forward(task, score, q, k, v, q_tokens, k_tokens)
 
 
-def _attend_forward(parallel, mask, scale, score, q, k, v, q_tokens, k_tokens):
-    out, lse = parallel.forward(mask, scale, score, q, k, v, q_tokens, k_tokens)
+def _attend_forward(parallel, task, score, q, k, v, q_tokens, k_tokens):
+    out, lse = parallel.forward(task, score, q, k, v, q_tokens, k_tokens)
     # A remat policy that saves these two names recomputes no attention.
     out, lse = checkpoint_name(out, "attention_out"), checkpoint_name(lse, "attention_lse")
     return (out, lse), (score, q, k, v, q_tokens, k_tokens, out, lse)
 
 
-def _attend_backward(parallel, mask, scale, saved, cotangents):
+def _attend_backward(parallel, task, saved, cotangents):
     score, q, k, v, q_tokens, k_tokens, out, lse = saved
     d_out, d_lse = cotangents
     d_lse = jnp.where(jnp.isfinite(lse), d_lse, 0.0)
@@ -222,7 +230,7 @@ def _attend_backward(parallel, mask, scale, saved, cotangents):
         delta = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1) - d_lse
     else:
         delta, lse = -d_lse * jnp.exp(-jnp.where(jnp.isfinite(lse), lse, 0.0)), jnp.zeros_like(lse)
-    gradients = parallel.backward(mask, scale, score, q, k, v, q_tokens, k_tokens, d_out, lse, delta)
+    gradients = parallel.backward(task, score, q, k, v, q_tokens, k_tokens, d_out, lse, delta)
     return (*jax.tree.map(lambda g, x: g.astype(x.dtype), gradients, (score, q, k, v)), None, None)
 
 
@@ -282,19 +290,31 @@ def _check_language(mask, score, heads: int, q_tokens: Tokens, k_tokens: Tokens)
 
 
 def _choose(implementation, parallel) -> str:
-    candidates = (implementation,) if isinstance(implementation, str) else tuple(implementation or ("xla",))
+    chip = target()
+    best = ("pallas_tpu", "xla") if chip else ("xla",)
     reasons = []
-    for name in candidates:
+    for name in (implementation,) if isinstance(implementation, str) else tuple(implementation or best):
         if name not in IMPLEMENTATIONS:
             raise UserError(f"implementation {name!r} is not known; there are {', '.join(map(repr, IMPLEMENTATIONS))}.")
-        if name.startswith("pallas"):
+        if name == "pallas_gpu":
             reasons.append(f"{name!r} has no kernel yet")
+        elif name == "pallas_tpu" and chip is None:
+            reasons.append(f"{name!r} is for TPUs, and this program is not ('pallas_tpu_interpret' runs anywhere)")
         elif name == "reference" and parallel is not None:
             reasons.append(f"'reference' is for one device and does not run under {type(parallel).__name__}")
         else:
-            _log_choice(name, type(parallel).__name__ if parallel else "one device", jax.default_backend())
+            _log_choice(name, type(parallel).__name__ if parallel else "one device", chip or jax.default_backend())
             return name
     raise NotImplementedError(f"{'; '.join(reasons)}: use implementation=None or 'xla'.")
+
+
+def _tiled(name: str) -> type[Tiled]:
+    if name == "xla":
+        return Blockwise
+    # Imported when asked for: Pallas takes a moment.
+    from striate.pallas_kernels.tpu.attention import Interpreted, Kernel
+
+    return Interpreted if name == "pallas_tpu_interpret" else Kernel
 
 
 @functools.cache

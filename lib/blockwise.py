@@ -20,8 +20,8 @@ are not normalised P is exp(t): lse counts as 0, and delta is -dlse exp(-lse).
 A block is live unless its verdict is NONE. The blocks of verdict ALL run without mask arithmetic, before the MIXED
 ones. Verdicts are computed from the Tokens inside the program, so traced Tokens skip as well as known ones.
 
-Arrays are heads-major here: q (B, K, G, T, D), k (B, K, S, D), v (B, K, S, V) with H = K G query heads, G of them for
-each key/value head: the G heads of a group are further rows of one product, so keys are never repeated.
+Arrays are heads-major (lib/tiles.py): the G query heads of a group are further rows of one product, so keys are never
+repeated.
 """
 
 from __future__ import annotations
@@ -34,39 +34,7 @@ import jax.numpy as jnp
 
 from striate.lib import masks
 from striate.lib.scores import Score
-
-# The running maximum starts finite, so that a row that has seen nothing yet needs no guard against inf - inf.
-LOWEST = -1e30
-
-
-class Partial(NamedTuple):
-    """Attention over the keys seen so far, unnormalised: what travels between tiles and between ring steps. float32."""
-
-    maximum: jax.Array  # (B, K, G, T) m, greatest logit so far
-    total: jax.Array  # (B, K, G, T) l, sum of exp(logit - m)
-    weighted: jax.Array  # (B, K, G, T, V) acc, sum of exp(logit - m) v
-
-    @classmethod
-    def empty(cls, q_BKGTD: jax.Array, value_width: int) -> Partial:
-        zeros = _zeros(q_BKGTD.shape[:-1], q_BKGTD)
-        return cls(zeros + LOWEST, zeros, _zeros((*zeros.shape, value_width), q_BKGTD))
-
-    def finish(self, normalised: bool = True) -> tuple[jax.Array, jax.Array]:
-        """(out float32 (B, K, G, T, V), lse (B, K, G, T)); a row that saw nothing gives 0 and -inf."""
-        seen = self.total > 0
-        total = jnp.where(seen, self.total, 1.0)
-        lse = jnp.where(seen, self.maximum + jnp.log(total), -jnp.inf)
-        share = 1.0 / total if normalised else jnp.where(seen, jnp.exp(self.maximum), 0.0)
-        return self.weighted * share[..., None], lse
-
-
-class Problem(NamedTuple):
-    """What does not change from one tile, or one ring step, to the next. Static."""
-
-    mask: masks.Mask
-    scale: float
-    tile: tuple[int, int]  # lengths of a block of queries and of a block of keys
-
+from striate.lib.tiles import Partial, Tiled, block_length, zeros
 
 # On CPU products reach their rate from 128 x 128 on. A long sequence gains from larger tiles, the larger the
 # fewer heads there are (seen with 1, 4 and 8 of 64), but a band (a window, packed documents) and a short sequence (the
@@ -74,64 +42,6 @@ class Problem(NamedTuple):
 # blocks a sequence has at least where SMALLEST_TILE allows. benchmarks/attention.py tiles, band-tiles: 8 heads.
 SMALLEST_TILE = 128
 WIDE, BAND = (2**20, 8), (2**18, 16)
-
-
-INSIDE = "_inside"
-
-
-def plan(mask: masks.Mask, scale: float, heads: int, length: int, keys: int) -> Problem:
-    """The problem with its tile; where the tile does not divide a length, the mask hides the padding."""
-    logits, blocks = BAND if mask.is_band else WIDE
-    # Square, or twice as many keys as queries.
-    area = max(logits // heads, 1).bit_length() - 1
-    largest = 2 ** (area // 2), 2 ** (area - area // 2)
-    tile = tuple(
-        _tile(n, max(min(n // blocks, most), SMALLEST_TILE)) for n, most in zip((length, keys), largest, strict=True)
-    )
-    if length % tile[0] or keys % tile[1]:
-        mask = mask & masks.query(INSIDE, 1, 1) & masks.key(INSIDE, 1, 1)
-    return Problem(mask, scale, tile)
-
-
-def queries(problem: Problem, x_BTHD: jax.Array, kv_heads: int) -> jax.Array:
-    """(B, T, H, ...) to heads-major (B, K, G, padded T, ...)."""
-    batch, length, heads = x_BTHD.shape[:3]
-    x = jnp.moveaxis(x_BTHD.reshape(batch, length, kv_heads, heads // kv_heads, *x_BTHD.shape[3:]), 1, 3)
-    return _pad(x, problem.tile[0], axis=3)
-
-
-def keys_or_values(problem: Problem, x_BSKD: jax.Array) -> jax.Array:
-    """(B, S, K, D) to heads-major (B, K, padded S, D)."""
-    return _pad(x_BSKD.swapaxes(1, 2), problem.tile[1], axis=2)
-
-
-def sides(problem: Problem, score: Score, q_tokens: Mapping, k_tokens: Mapping) -> tuple[dict, dict]:
-    """The fields of queries (B, padded T) and of keys (B, padded S) that mask and score read."""
-    return _side(problem, score, q_tokens, 0), _side(problem, score, k_tokens, 1)
-
-
-def _side(problem: Problem, score: Score, tokens: Mapping, side: int) -> dict[str, jax.Array]:
-    position, tile = tokens["position"], problem.tile[side]
-    needed = (problem.mask.query_fields, problem.mask.key_fields)[side] - {INSIDE} | score.reads
-    padded = {name: _pad(tokens[name], tile, axis=1, mode="edge") for name in needed | {"position"}}
-    return {**padded, INSIDE: _pad(jnp.ones_like(position), tile, axis=1)}
-
-
-def natural(x_BKGTD: jax.Array, length: int) -> jax.Array:
-    """Heads-major back to (B, length, H, ...), padding dropped."""
-    x = jnp.moveaxis(x_BKGTD[:, :, :, :length], 3, 1)
-    return x.reshape(*x.shape[:2], -1, *x.shape[4:])
-
-
-def _tile(length: int, largest: int) -> int:
-    """Equal blocks, none longer than `largest`; the padding that is left is less than 8 entries a block."""
-    blocks = -(-length // largest)
-    return length if blocks == 1 else -(-length // (8 * blocks)) * 8
-
-
-def _pad(x: jax.Array, multiple: int, axis: int, mode: str = "constant") -> jax.Array:
-    missing = -x.shape[axis] % multiple
-    return jnp.pad(x, [(0, missing if i == axis else 0) for i in range(x.ndim)], mode=mode) if missing else x
 
 
 class Live(NamedTuple):
@@ -144,11 +54,8 @@ class Live(NamedTuple):
     working: jax.Array  # () how many have work
 
 
-def live_blocks(problem: Problem, query_fields: Mapping, key_fields: Mapping) -> tuple[Live, Live]:
+def live_blocks(problem: Tiled, query_fields: Mapping, key_fields: Mapping) -> tuple[Live, Live]:
     """(for each query block its key blocks, for each key block its query blocks). Fields are (B, T) and (B, S)."""
-
-    def blocks(tokens, tile):
-        return {name: x.reshape(x.shape[0], -1, tile) for name, x in tokens.items()}
 
     def compact(verdict):
         order = jnp.argsort(-verdict, axis=-1, stable=True).astype(jnp.int32)
@@ -156,15 +63,11 @@ def live_blocks(problem: Problem, query_fields: Mapping, key_fields: Mapping) ->
         idle = (live == 0).reshape(-1)
         return Live(order, full, live, jnp.argsort(idle, stable=True).astype(jnp.int32), (~idle).sum())
 
-    query, key = blocks(query_fields, problem.tile[0]), blocks(key_fields, problem.tile[1])
-    shape = (*query["position"].shape[:2], key["position"].shape[1])
-    query = jax.tree.map(lambda x: x[:, :, None], problem.mask.query_summaries(query))
-    key = jax.tree.map(lambda x: x[:, None, :], problem.mask.key_summaries(key))
-    verdict = jnp.broadcast_to(problem.mask.verdict(query, key), shape)
+    verdict = problem.verdicts(query_fields, key_fields)
     return compact(verdict), compact(verdict.swapaxes(1, 2))
 
 
-def forward(problem: Problem, score: Score, q, k, v, query_fields, key_fields, partial: Partial) -> Partial:
+def forward(problem: Tiled, score: Score, q, k, v, query_fields, key_fields, partial: Partial) -> Partial:
     """Adds the keys k, v to `partial`. Lengths are multiples of the tile."""
     (_, heads, group, length, width), (q_tile, k_tile) = q.shape, problem.tile
     blocks, _ = live_blocks(problem, query_fields, key_fields)
@@ -208,24 +111,24 @@ def forward(problem: Problem, score: Score, q, k, v, query_fields, key_fields, p
     return jax.lax.fori_loop(0, blocks.working, query_block, partial)
 
 
-def empty_sums(problem: Problem, score: Score, q: jax.Array) -> tuple[jax.Array, Score]:
+def empty_sums(problem: Tiled, score: Score, q: jax.Array) -> tuple[jax.Array, Score]:
     """What `backward` adds to: the gradients of the scaled queries and of the score, float32.
 
     The first is transposed in blocks, (B, blocks, K, D, G q_tile).
     """
     (batch, heads, group, length, width), q_tile = q.shape, problem.tile[0]
-    dq_T = _zeros((batch, length // q_tile, heads, width, group * q_tile), q)
-    return dq_T, jax.tree.map(lambda x: _zeros(x.shape, q), score)
+    dq_T = zeros((batch, length // q_tile, heads, width, group * q_tile), q)
+    return dq_T, jax.tree.map(lambda x: zeros(x.shape, q), score)
 
 
-def finish_dq(problem: Problem, dq_T: jax.Array, q: jax.Array) -> jax.Array:
+def finish_dq(problem: Tiled, dq_T: jax.Array, q: jax.Array) -> jax.Array:
     """The gradient of the queries, heads-major like q. The scale enters here, where nothing is rounded any more."""
     (batch, heads, group, length, width), q_tile = q.shape, problem.tile[0]
     dq = dq_T.reshape(batch, length // q_tile, heads, width, group, q_tile).transpose(0, 2, 4, 1, 5, 3)
     return problem.scale * dq.reshape(q.shape)
 
 
-def backward(problem: Problem, score: Score, q, k, v, d_out, lse, delta, query_fields, key_fields, sums):
+def backward(problem: Tiled, score: Score, q, k, v, d_out, lse, delta, query_fields, key_fields, sums):
     """(sums plus what the pairs (q, k) give, dk, dv), all float32; dk and dv like k and v.
 
     sums is (dq_T as in `empty_sums`, the gradients of the score). d_out is (B, K, G, T, V); lse and delta are
@@ -277,29 +180,14 @@ def backward(problem: Problem, score: Score, q, k, v, d_out, lse, delta, query_f
             return (jax.lax.dynamic_update_slice(dq_T, dq_block, at), d_score), dk_KSD, dv_KSV
 
         full, live = blocks.full[b, start // k_tile], blocks.live[b, start // k_tile]
-        zeros = _zeros(k_KSD.shape, q), _zeros(v_KSV.shape, q)
-        inner = jax.lax.fori_loop(0, full, lambda j, c: query_block(j, c, masked=False), (sums, *zeros))
+        nothing = zeros(k_KSD.shape, q), zeros(v_KSV.shape, q)
+        inner = jax.lax.fori_loop(0, full, lambda j, c: query_block(j, c, masked=False), (sums, *nothing))
         sums, dk_KSD, dv_KSV = jax.lax.fori_loop(full, live, lambda j, c: query_block(j, c, masked=True), inner)
         dk = jax.lax.dynamic_update_slice(dk, (problem.scale * dk_KSD)[None], (b, 0, start, 0))
         return sums, dk, jax.lax.dynamic_update_slice(dv, dv_KSV[None], (b, 0, start, 0))
 
-    zeros = _zeros(k.shape, q), _zeros(v.shape, q)
-    return jax.lax.fori_loop(0, blocks.working, key_block, (sums, *zeros))
-
-
-def vary_alike(tree):
-    """Inside jax.shard_map: every array made to vary over the mesh axes over which any of them does."""
-    over = {axis for x in jax.tree.leaves(tree) for axis in _varying(x)}
-    return jax.tree.map(lambda x: jax.lax.pcast(x, tuple(over - _varying(x)), to="varying"), tree)
-
-
-def _varying(x: jax.Array) -> frozenset[str]:
-    return jax.typeof(x).manual_axis_type.varying
-
-
-def _zeros(shape: tuple[int, ...], like: jax.Array) -> jax.Array:
-    """float32 zeros that vary over the mesh axes over which `like` does: what loops carry must not change in that."""
-    return jax.lax.pcast(jnp.zeros(shape, jnp.float32), tuple(_varying(like)), to="varying")
+    nothing = zeros(k.shape, q), zeros(v.shape, q)
+    return jax.lax.fori_loop(0, blocks.working, key_block, (sums, *nothing))
 
 
 def _product(a, b, subscripts: str):
@@ -348,3 +236,22 @@ def _materialise(tree):
     # Small arrays that every element of a tile reads. XLA would fuse how they are cut out of larger ones into the
     # loop over the tile, and compute that for each of its elements.
     return jax.lax.optimization_barrier(tree)
+
+
+class Blockwise(Tiled):
+    """The form of this file."""
+
+    @classmethod
+    def choose_tile(cls, mask, heads, length, keys):
+        logits, blocks = BAND if mask.is_band else WIDE
+        # Square, or twice as many keys as queries.
+        area = max(logits // heads, 1).bit_length() - 1
+        largest = 2 ** (area // 2), 2 ** (area - area // 2)
+
+        def block(length: int, most: int) -> int:
+            longest = max(min(length // blocks, most), SMALLEST_TILE)
+            return length if length <= longest else block_length(length, longest, 8)
+
+        return block(length, largest[0]), block(keys, largest[1])
+
+    forward, empty_sums, backward, finish_dq = forward, empty_sums, backward, finish_dq

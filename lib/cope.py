@@ -31,8 +31,8 @@ import numpy as np
 
 from striate.lib import masks
 from striate.lib.attention import check_arrays, check_tokens
-from striate.lib.blockwise import LOWEST
 from striate.lib.errors import UserError
+from striate.lib.tiles import LOWEST
 from striate.lib.tokens import PADDING, Tokens
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import functools
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -104,6 +106,13 @@ class Mask:
           UserError: a formula with switches per head; read `head(h)` instead.
         """
         raise NotImplementedError
+
+    def select(self, query: Mapping, key: Mapping, shown, hidden):
+        """where(tile(query, key), shown, hidden), by one choice for every comparison.
+
+        Kernels want it so: booleans of a whole tile, kept until they are combined, are more than their registers hold.
+        """
+        return jnp.where(self.tile(query, key), shown, hidden)
 
     def query_summaries(self, blocks: Mapping) -> dict[Read, jax.Array]:
         """What a verdict needs to know of blocks of queries: a pytree of integer arrays (...).
@@ -214,10 +223,12 @@ class And(Mask):
         return next((term.heads for term in self.terms if term.heads), None)
 
     def tile(self, query, key):
-        first, *rest = (term.tile(query, key) for term in self.terms)
-        for visible in rest:
-            first = first & visible
-        return first
+        return functools.reduce(operator.and_, (term.tile(query, key) for term in self.terms))
+
+    def select(self, query, key, shown, hidden):
+        for term in self.terms:
+            shown = term.select(query, key, shown, hidden)
+        return shown
 
     def bounds(self, query, key):
         (none, all_), *rest = (term.bounds(query, key) for term in self.terms)
@@ -259,7 +270,16 @@ class Not(Mask):
         return self.term.heads
 
     def tile(self, query, key):
+        if _is_or(self):
+            return functools.reduce(operator.or_, ((~term).tile(query, key) for term in self.term.terms))
         return ~self.term.tile(query, key)
+
+    def select(self, query, key, shown, hidden):
+        if not _is_or(self):
+            return self.term.select(query, key, hidden, shown)
+        for term in self.term.terms:
+            hidden = (~term).select(query, key, shown, hidden)
+        return hidden
 
     def bounds(self, query, key):
         none, all_ = self.term.bounds(query, key)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +11,8 @@ import numpy as np
 from striate.lib.errors import UserError
 from striate.lib.masks.algebra import Atom, Constant, Not
 from striate.lib.masks.summaries import BITS, bit, reads, signed, summary, value, where
+
+LEAST = -(2**31)
 
 EXTENT = ("least",), ("greatest",)
 
@@ -35,10 +38,23 @@ class Difference(Atom):
     is_band = property(lambda self: None not in (self.query_field, self.key_field, self.low, self.high))
 
     def tile(self, query, key):
-        difference = value(query, self.query_field) - value(key, self.key_field)
-        if self.low is not None and self.high is not None:
-            return (difference >= self.low) & (difference <= self.high)
-        return difference <= self.high if self.low is None else difference >= self.low
+        # One comparison a pair. What is added is added on the side that has fewer entries.
+        query, key = value(query, self.query_field), value(key, self.key_field)
+
+        def moved(by: int):
+            return (query, key + np.int32(by)) if np.size(key) <= np.size(query) else (query - np.int32(by), key)
+
+        if self.low == self.high:
+            return operator.eq(*moved(self.low))
+        if self.high is None:
+            return operator.ge(*moved(self.low))
+        if self.low is None:
+            return operator.le(*moved(self.high))
+        if None in self.about or not query.dtype == key.dtype == np.int32:
+            return operator.ge(*moved(self.low)) & operator.le(*moved(self.high))
+        # Sums of integers wrap around: moved so that it begins at the least of them, an interval has but one end.
+        begin = self.low + LEAST if self.low >= 0 else self.low - LEAST
+        return operator.sub(*moved(begin)) <= self.high - self.low + LEAST
 
     def bounds(self, query, key):
         least, greatest = _reach(self, query, key)

@@ -37,8 +37,8 @@ def summary(summaries: Mapping, field: str | None, reduction: str, *parameters: 
 
 
 def value(fields: Mapping, field: str | None):
-    """The values of one field; a field of None is the constant 0."""
-    return np.int32(0) if field is None else fields[field]
+    """The values of one field; a field of None is the constant 0, in the shape that `fields` has for it, if any."""
+    return fields.get(None, np.int32(0)) if field is None else fields[field]
 
 
 def where(condition, x, y):

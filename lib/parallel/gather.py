@@ -17,14 +17,14 @@ class AllGather(SequenceParallel):
     The gradients of keys and values are summed and scattered back in float32.
     """
 
-    def shard_forward(self, mask, scale, score, q, k, v, query_fields, key_fields):
+    def shard_forward(self, task, score, q, k, v, query_fields, key_fields):
         k, v, key_fields = self._gather((k, v, key_fields))
-        return Local().forward(mask, scale, score, q, k, v, query_fields, key_fields)
+        return Local().forward(task, score, q, k, v, query_fields, key_fields)
 
-    def shard_backward(self, mask, scale, score, q, k, v, query_fields, key_fields, d_out, lse, delta):
+    def shard_backward(self, task, score, q, k, v, query_fields, key_fields, d_out, lse, delta):
         k, v, key_fields = self._gather((k, v, key_fields))
         arrays = q, k, v, query_fields, key_fields, d_out, lse, delta
-        d_score, dq, dk, dv = Local().backward(mask, scale, score, *arrays)
+        d_score, dq, dk, dv = Local().backward(task, score, *arrays)
         dk, dv = (jax.lax.psum_scatter(x, self.axis, scatter_dimension=1, tiled=True) for x in (dk, dv))
         return d_score, dq, dk, dv
 

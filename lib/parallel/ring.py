@@ -21,10 +21,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from striate.lib import blockwise
 from striate.lib.errors import UserError
 from striate.lib.masks import NONE, Mask
 from striate.lib.parallel.sharding import SequenceParallel
+from striate.lib.tiles import Partial, natural
 from striate.lib.tokens import Tokens
 
 RUNS = 256  # of tokens, in which each shard is summarised to find where it has work
@@ -57,42 +57,42 @@ class Ring(SequenceParallel):
             return self
         return replace(self, offsets=live_offsets(mask, q_tokens, k_tokens, self.shards))
 
-    def shard_forward(self, mask, scale, score, q, k, v, query_fields, key_fields):
+    def shard_forward(self, task, score, q, k, v, query_fields, key_fields):
         kv_heads, length = k.shape[2], q.shape[1]
-        problem = blockwise.plan(mask, scale, q.shape[2], length, k.shape[1])
-        out_dtype, missed = v.dtype, self._missed(mask, query_fields, key_fields)
-        q = blockwise.queries(problem, q, kv_heads)
-        query_fields, key_fields = blockwise.sides(problem, score, query_fields, key_fields)
+        problem = task.plan(q.shape[2], length, k.shape[1])
+        out_dtype, missed = v.dtype, self._missed(task.mask, query_fields, key_fields)
+        q = problem.queries(q, kv_heads)
+        query_fields, key_fields = problem.sides(score, query_fields, key_fields)
         block = self._key_block(problem, k, v, key_fields)
 
         def attend(block, partial):
             k, v, key_fields = block
-            return blockwise.forward(problem, score, q, k, v, query_fields, key_fields, partial)
+            return problem.forward(score, q, k, v, query_fields, key_fields, partial)
 
         def step(hop: int, carry):
             block, partial = carry
             arriving = self._hop(block, hop)
             return arriving, attend(block, partial)
 
-        partial = blockwise.Partial.empty(q, v.shape[-1])
+        partial = Partial.empty(q, v.shape[-1])
         first, *hops = self._hops
         block, partial = _in_runs(step, hops, (self._hop(block, first), partial))
         out, lse = attend(block, partial).finish(score.normalised)
-        out = jnp.where(missed, jnp.nan, blockwise.natural(out, length))
-        return out.astype(out_dtype), blockwise.natural(lse, length)
+        out = jnp.where(missed, jnp.nan, natural(out, length))
+        return out.astype(out_dtype), natural(lse, length)
 
-    def shard_backward(self, mask, scale, score, q, k, v, query_fields, key_fields, d_out, lse, delta):
+    def shard_backward(self, task, score, q, k, v, query_fields, key_fields, d_out, lse, delta):
         kv_heads, (length, keys) = k.shape[2], (q.shape[1], k.shape[1])
-        problem = blockwise.plan(mask, scale, q.shape[2], length, keys)
-        rows = tuple(blockwise.queries(problem, x, kv_heads) for x in (d_out, lse, delta))
-        q = blockwise.queries(problem, q, kv_heads)
-        query_fields, key_fields = blockwise.sides(problem, score, query_fields, key_fields)
+        problem = task.plan(q.shape[2], length, keys)
+        rows = tuple(problem.rows(x, kv_heads) for x in (d_out, lse, delta))
+        q = problem.queries(q, kv_heads)
+        query_fields, key_fields = problem.sides(score, query_fields, key_fields)
         first, *hops = self._hops
         block = self._hop(self._key_block(problem, k, v, key_fields), first)
 
         def gradients(block, sums):
             k, v, key_fields = block
-            sums, dk, dv = blockwise.backward(problem, score, q, k, v, *rows, query_fields, key_fields, sums)
+            sums, dk, dv = problem.backward(score, q, k, v, *rows, query_fields, key_fields, sums)
             return sums, (dk, dv)
 
         def step(hops: tuple[int, int], carry):
@@ -102,7 +102,7 @@ class Ring(SequenceParallel):
             return arriving, jax.tree.map(jnp.add, moved, share), sums
 
         arriving = self._hop(block, hops[0]) if hops else block
-        sums, accumulator = gradients(block, blockwise.empty_sums(problem, score, q))
+        sums, accumulator = gradients(block, problem.empty_sums(score, q))
         if hops:
             carry = arriving, accumulator, sums
             block, accumulator, sums = _in_runs(step, list(itertools.pairwise(hops)), carry)
@@ -110,7 +110,7 @@ class Ring(SequenceParallel):
             sums, share = gradients(block, sums)
             accumulator = jax.tree.map(jnp.add, moved, share)
         accumulator = self._hop(accumulator, -first - sum(hops))
-        dq = blockwise.natural(blockwise.finish_dq(problem, sums[0], q), length)
+        dq = natural(problem.finish_dq(sums[0], q), length)
         dk, dv = (x[:, :, :keys].swapaxes(1, 2) for x in accumulator)
         return sums[1], dq, dk, dv
 
@@ -121,7 +121,7 @@ class Ring(SequenceParallel):
         return [b - a for a, b in itertools.pairwise((0, *offsets))]
 
     def _key_block(self, problem, k, v, key_fields):
-        k, v = (blockwise.keys_or_values(problem, x) for x in (k, v))
+        k, v = (problem.keys_or_values(x) for x in (k, v))
         return k, v, key_fields
 
     def _hop(self, tree, distance: int):

@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 from striate.lib import masks
 from striate.lib.errors import UserError
 from striate.lib.scores import Score
+from striate.lib.tiles import Task
 from striate.lib.tokens import Tokens
 
 
@@ -58,12 +59,12 @@ class SequenceParallel:
         """What is to be used for these Tokens, which may not be known before the program runs."""
         return self
 
-    def forward(self, mask, scale, score, q_BTHD, k_BSKD, v_BSKV, q_tokens, k_tokens):
+    def forward(self, task, score, q_BTHD, k_BSKD, v_BSKV, q_tokens, k_tokens):
         array, row, tokens = self._specs()
-        needed = self._needed(mask, score, q_tokens, k_tokens)
+        needed = self._needed(task.mask, score, q_tokens, k_tokens)
 
         def shard(score, *arrays):
-            return self.shard_forward(mask, scale, score, *arrays)
+            return self.shard_forward(task, score, *arrays)
 
         if self._inside:
             return shard(score, q_BTHD, k_BSKD, v_BSKV, *needed)
@@ -71,12 +72,12 @@ class SequenceParallel:
         in_specs = (self._score_specs(score), array, array, array, tokens, tokens)
         return self._over_shards(shard, in_specs, (array, row))(score, q_BTHD, k_BSKD, v_BSKV, *needed)
 
-    def backward(self, mask, scale, score, q_BTHD, k_BSKD, v_BSKV, q_tokens, k_tokens, d_out, lse, delta):
+    def backward(self, task, score, q_BTHD, k_BSKD, v_BSKV, q_tokens, k_tokens, d_out, lse, delta):
         array, row, tokens = self._specs()
-        needed = self._needed(mask, score, q_tokens, k_tokens)
+        needed = self._needed(task.mask, score, q_tokens, k_tokens)
 
         def shard(score, *arrays):
-            d_score, *gradients = self.shard_backward(mask, scale, score, *arrays)
+            d_score, *gradients = self.shard_backward(task, score, *arrays)
             # All devices share the parameters of the score, but for those of the heads that are spread.
             spread = (*self._present(self.batch), *self.sequence_axes)
             shared = (*spread, *self._present((self.heads,)))
@@ -84,16 +85,16 @@ class SequenceParallel:
             return d_score, *gradients
 
         if self._inside:
-            return self.shard_backward(mask, scale, score, q_BTHD, k_BSKD, v_BSKV, *needed, d_out, lse, delta)
+            return self.shard_backward(task, score, q_BTHD, k_BSKD, v_BSKV, *needed, d_out, lse, delta)
         in_specs = (self._score_specs(score), array, array, array, tokens, tokens, array, row, row)
         out_specs = self._score_specs(score), array, array, array
         return self._over_shards(shard, in_specs, out_specs)(score, q_BTHD, k_BSKD, v_BSKV, *needed, d_out, lse, delta)
 
-    def shard_forward(self, mask: masks.Mask, scale, score: Score, q, k, v, query_fields, key_fields):
+    def shard_forward(self, task: Task, score: Score, q, k, v, query_fields, key_fields):
         """On one device: (out, lse) of its queries, from its shards of everything."""
         raise NotImplementedError
 
-    def shard_backward(self, mask, scale, score, q, k, v, query_fields, key_fields, d_out, lse, delta):
+    def shard_backward(self, task, score, q, k, v, query_fields, key_fields, d_out, lse, delta):
         """On one device: its share of d_score, and the gradients of its shards of q, k and v. float32."""
         raise NotImplementedError
 

@@ -26,16 +26,16 @@ class Ulysses(SequenceParallel):
     Key/value heads that are fewer are repeated as far as needed, before they travel.
     """
 
-    def shard_forward(self, mask, scale, score, q, k, v, query_fields, key_fields):
+    def shard_forward(self, task, score, q, k, v, query_fields, key_fields):
         out, lse = self._inner.shard_forward(
-            mask, scale, self._own(score, q), *self._to_heads(q, k, v), *self._gather((query_fields, key_fields))
+            task, self._own(score, q), *self._to_heads(q, k, v), *self._gather((query_fields, key_fields))
         )
         return self._to_sequence(out), self._to_sequence(lse)
 
-    def shard_backward(self, mask, scale, score, q, k, v, query_fields, key_fields, d_out, lse, delta):
+    def shard_backward(self, task, score, q, k, v, query_fields, key_fields, d_out, lse, delta):
         rows = (self._exchange(x, from_axis=2, to_axis=1) for x in (d_out, lse, delta))
         d_own, dq, dk, dv = self._inner.shard_backward(
-            mask, scale, self._own(score, q), *self._to_heads(q, k, v), *self._gather((query_fields, key_fields)), *rows
+            task, self._own(score, q), *self._to_heads(q, k, v), *self._gather((query_fields, key_fields)), *rows
         )
         kv_heads = k.shape[2]
         dq, dk, dv = (self._to_sequence(x) for x in (dq, dk, dv))

@@ -11,7 +11,8 @@ import striate
 from oracles import attention as oracle
 from oracles.formulas import as_columns, as_rows, random_formula, random_tokens
 from striate import Tokens, UserError, masks
-from striate.lib import attention, blockwise
+from striate.lib import attention
+from striate.lib.blockwise import Blockwise, live_blocks
 from suites import attention as suite
 from suites.attention import REFERENCE, RULE, System, check_bound, check_errors, random_problem, solve, truth, visible
 from suites.jaxprs import equations
@@ -143,7 +144,7 @@ def test_defaults():
     tokens = Tokens.arange(2, 64)
     for same in (
         striate.attention(q, k, v, mask=masks.everything(), q_tokens=tokens, k_tokens=tokens, implementation="xla"),
-        striate.attention(q, k, v, scale=8**-0.5, implementation=("pallas_tpu", "xla")),
+        striate.attention(q, k, v, scale=8**-0.5, implementation=("pallas_gpu", "pallas_tpu", "xla")),
     ):
         np.testing.assert_array_equal(same, out)
     causal = striate.attention(q, k, v, mask=masks.causal())
@@ -194,8 +195,8 @@ class TestSkipping:
     """The lists of blocks that have work, from which both passes take theirs."""
 
     def live(self, mask, tokens):
-        problem = blockwise.Problem(mask, 1.0, (16, 32))
-        return blockwise.live_blocks(problem, *blockwise.sides(problem, suite.PLAIN, tokens.as_queries(), tokens))
+        problem = Blockwise(mask, 1.0, (16, 32))
+        return live_blocks(problem, *problem.sides(suite.PLAIN, tokens.as_queries(), tokens))
 
     def test_causal_skips_what_lies_above_the_diagonal(self):
         by_query, by_key = self.live(masks.causal(), Tokens.arange(1, 512))
@@ -284,5 +285,7 @@ def test_bad_input_is_answered(arrays, options, answer):
 
 
 def test_what_is_asked_for_and_cannot_run_is_no_silent_fallback():
-    with pytest.raises(NotImplementedError, match="'pallas_tpu' has no kernel yet: use implementation=None or 'xla'"):
+    with pytest.raises(NotImplementedError, match="'pallas_gpu' has no kernel yet: use implementation=None or 'xla'"):
+        striate.attention(Q, K, V, implementation="pallas_gpu")
+    with pytest.raises(NotImplementedError, match="'pallas_tpu' is for TPUs, and this program is not"):
         striate.attention(Q, K, V, implementation="pallas_tpu")

@@ -12,9 +12,11 @@ from jax.sharding import PartitionSpec as P
 import striate
 from oracles.formulas import as_columns, as_rows, random_formula, random_tokens
 from striate import Tokens, UserError, masks, scores
+from striate.lib.blockwise import Blockwise
 from striate.lib.layouts import Contiguous, Striped, ZigZag
 from striate.lib.parallel import AllGather, Ring, RingUlysses, Ulysses
 from striate.lib.parallel.ring import live_offsets
+from striate.lib.tiles import Task
 from suites import attention as suite
 from suites.attention import RULE, System, check_bound, mesh, random_problem, solve
 from suites.jaxprs import equations, jaxprs
@@ -129,12 +131,13 @@ class TestWhatTravels:
 
     def passes(self, strategy):
         """The jaxprs of the forward and of the backward pass."""
-        parallel, mask = strategy(mesh(sequence=self.SHARDS)), masks.causal() & masks.same("document")
+        parallel = strategy(mesh(sequence=self.SHARDS))
+        task = Task(masks.causal() & masks.same("document"), 1.0, Blockwise)
         arrays = self.arrays()
         out = jnp.zeros((*arrays[0].shape[:3], self.VALUE_WIDTH), jnp.bfloat16)
         row = jnp.zeros(arrays[0].shape[:3], jnp.float32)
-        forward = jax.make_jaxpr(lambda *x: parallel.forward(mask, 1.0, suite.PLAIN, *x))(*arrays)
-        backward = jax.make_jaxpr(lambda *x: parallel.backward(mask, 1.0, suite.PLAIN, *x))(*arrays, out, row, row)
+        forward = jax.make_jaxpr(lambda *x: parallel.forward(task, suite.PLAIN, *x))(*arrays)
+        backward = jax.make_jaxpr(lambda *x: parallel.backward(task, suite.PLAIN, *x))(*arrays, out, row, row)
         return forward.jaxpr, backward.jaxpr
 
     def test_around_the_ring_keys_hop_in_their_dtype_and_gradients_in_float32(self):
@@ -165,8 +168,8 @@ class TestWhatTravels:
         assert waiting_hops(jax.make_jaxpr(spread)(jnp.zeros((4, 2))).jaxpr)
 
     def test_one_device_sends_nothing(self):
-        single = Ring(mesh(sequence=1))
-        jaxpr = jax.make_jaxpr(lambda *x: single.forward(masks.causal(), 1.0, suite.PLAIN, *x))(*self.arrays()).jaxpr
+        single, task = Ring(mesh(sequence=1)), Task(masks.causal(), 1.0, Blockwise)
+        jaxpr = jax.make_jaxpr(lambda *x: single.forward(task, suite.PLAIN, *x))(*self.arrays()).jaxpr
         assert not travelled(jaxpr, "ppermute")
 
 

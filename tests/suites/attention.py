@@ -15,9 +15,10 @@ from oracles import attention as oracle
 from oracles import formulas
 from oracles import scores as score_oracle
 from striate import Tokens, masks, scores
-from striate.lib import blockwise
+from striate.lib import attention
 from striate.lib.attention import Parallel
 from striate.lib.layouts import Layout
+from striate.lib.tiles import block_length
 from striate.lib.tokens import PADDING
 
 # No tile is longer, so that small problems have many.
@@ -106,15 +107,26 @@ def solve(system: System, mask: masks.Mask, problem: Problem, tile=TILE, score=P
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _solve(mask, implementation, parallel, tile, score, q, k, v, q_tokens, k_tokens, d_out, d_lse):
     how = {"implementation": implementation, "parallel": parallel, "return_lse": True}
-    cut = blockwise._tile
 
     def attend(score, q, k, v):
         return striate.attention(q, k, v, mask=mask, score=score, q_tokens=q_tokens, k_tokens=k_tokens, **how)
 
-    with mock.patch.object(blockwise, "_tile", lambda length, largest: cut(length, min(largest, tile))):
+    with small_tiles(implementation or "xla", tile):
         results, pull = jax.vjp(attend, score, q, k, v)
         d_score, *gradients = pull((d_out, d_lse))
         return oracle.Truth(*results, *gradients), d_score
+
+
+def small_tiles(implementation: str, longest: int):
+    """While this is entered, an implementation cuts lengths into tiles no longer than that."""
+
+    def cut(length: int) -> int:
+        return length if length <= longest else block_length(length, longest, 8)
+
+    def choose_tile(cls, mask, heads, length, keys):
+        return cut(length), cut(keys)
+
+    return mock.patch.object(attention._tiled(implementation), "choose_tile", classmethod(choose_tile))
 
 
 def visible(mask: masks.Mask, problem: Problem) -> np.ndarray:

@@ -1,0 +1,172 @@
+"""Tiles: what every form of exact attention on one device shares, from plain XLA to the kernels.
+
+Attention is cut into blocks of queries and blocks of keys. A `Tiled` knows mask, scale and block lengths, which do not
+change from one tile, or one step of a ring, to the next; a `Partial` is what has been attended to so far.
+
+Arrays are heads-major here: q (B, K, G, T, D), k (B, K, S, D), v (B, K, S, V) with H = K G query heads, G of them for
+each key/value head, and lengths padded to whole blocks. The mask hides the padding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from striate.lib import masks
+from striate.lib.scores import Score
+
+# The running maximum starts finite, so that a row that has seen nothing yet needs no guard against inf - inf.
+LOWEST = -1e30
+
+
+class Partial(NamedTuple):
+    """Attention over the keys seen so far, unnormalised: what travels between tiles and between ring steps. float32."""
+
+    maximum: jax.Array  # (B, K, G, T) m, greatest logit so far
+    total: jax.Array  # (B, K, G, T) l, sum of exp(logit - m)
+    weighted: jax.Array  # (B, K, G, T, V) acc, sum of exp(logit - m) v
+
+    @classmethod
+    def empty(cls, q_BKGTD: jax.Array, value_width: int) -> Partial:
+        none = zeros(q_BKGTD.shape[:-1], q_BKGTD)
+        return cls(none + LOWEST, none, zeros((*none.shape, value_width), q_BKGTD))
+
+    def finish(self, normalised: bool = True) -> tuple[jax.Array, jax.Array]:
+        """(out float32 (B, K, G, T, V), lse (B, K, G, T)); a row that saw nothing gives 0 and -inf."""
+        seen = self.total > 0
+        total = jnp.where(seen, self.total, 1.0)
+        lse = jnp.where(seen, self.maximum + jnp.log(total), -jnp.inf)
+        share = 1.0 / total if normalised else jnp.where(seen, jnp.exp(self.maximum), 0.0)
+        return self.weighted * share[..., None], lse
+
+
+INSIDE = "_inside"
+
+
+@dataclass(frozen=True)
+class Tiled:
+    """Attention on one device under a mask, in tiles. Immutable, so that it can be static.
+
+    Attributes:
+      mask: where padding is needed, it hides that too.
+      scale: factor of the logits.
+      tile: lengths of a block of queries and of a block of keys.
+    """
+
+    mask: masks.Mask
+    scale: float
+    tile: tuple[int, int]
+
+    @classmethod
+    def plan(cls, mask: masks.Mask, scale: float, heads: int, length: int, keys: int) -> Tiled:
+        """With the tile that suits these lengths."""
+        tile = cls.choose_tile(mask, heads, length, keys)
+        if length % tile[0] or keys % tile[1]:
+            mask = mask & masks.query(INSIDE, 1, 1) & masks.key(INSIDE, 1, 1)
+        return cls(mask, scale, tile)
+
+    @classmethod
+    def choose_tile(cls, mask: masks.Mask, heads: int, length: int, keys: int) -> tuple[int, int]:
+        raise NotImplementedError
+
+    def queries(self, q_BTHD: jax.Array, kv_heads: int) -> jax.Array:
+        """(B, T, H, D) to what the passes take as q, heads-major (B, K, G, padded T, D)."""
+        return self.rows(q_BTHD, kv_heads)
+
+    def rows(self, x_BTHD: jax.Array, kv_heads: int) -> jax.Array:
+        """(B, T, H, ...) to heads-major (B, K, G, padded T, ...)."""
+        batch, length, heads = x_BTHD.shape[:3]
+        x = jnp.moveaxis(x_BTHD.reshape(batch, length, kv_heads, heads // kv_heads, *x_BTHD.shape[3:]), 1, 3)
+        return _pad(x, self.tile[0], axis=3)
+
+    def keys_or_values(self, x_BSKD: jax.Array) -> jax.Array:
+        """(B, S, K, D) to heads-major (B, K, padded S, D)."""
+        return _pad(x_BSKD.swapaxes(1, 2), self.tile[1], axis=2)
+
+    def sides(self, score: Score, q_tokens: Mapping, k_tokens: Mapping) -> tuple[dict, dict]:
+        """The fields of queries (B, padded T) and of keys (B, padded S) that mask and score read."""
+        return self._side(score, q_tokens, 0), self._side(score, k_tokens, 1)
+
+    def verdicts(self, query_fields: Mapping, key_fields: Mapping) -> jax.Array:
+        """NONE, MIXED or ALL, int8 (B, query blocks, key blocks), from fields as in `sides`."""
+
+        def blocks(tokens, tile):
+            return {name: x.reshape(x.shape[0], -1, tile) for name, x in tokens.items()}
+
+        query, key = blocks(query_fields, self.tile[0]), blocks(key_fields, self.tile[1])
+        shape = (*query["position"].shape[:2], key["position"].shape[1])
+        query = jax.tree.map(lambda x: x[:, :, None], self.mask.query_summaries(query))
+        key = jax.tree.map(lambda x: x[:, None, :], self.mask.key_summaries(key))
+        return jnp.broadcast_to(self.mask.verdict(query, key), shape)
+
+    def forward(self, score: Score, q, k, v, query_fields, key_fields, partial: Partial) -> Partial:
+        """Adds the keys k, v to `partial`. q as in `queries`; lengths are multiples of the tile."""
+        raise NotImplementedError
+
+    def empty_sums(self, score: Score, q: jax.Array):
+        """What `backward` adds to: the gradients of q, in a form of the subclass, and of the score, float32."""
+        raise NotImplementedError
+
+    def backward(self, score: Score, q, k, v, d_out, lse, delta, query_fields, key_fields, sums):
+        """(sums plus what the pairs (q, k) give, dk, dv), all float32; dk and dv like k and v.
+
+        d_out is (B, K, G, T, V); lse and delta are (B, K, G, T). Lengths are multiples of the tile.
+        """
+        raise NotImplementedError
+
+    def finish_dq(self, sum_of_dq: jax.Array, q: jax.Array) -> jax.Array:
+        """The gradient of the queries as they were before `queries` scaled them, heads-major like q."""
+        raise NotImplementedError
+
+    def _side(self, score: Score, tokens: Mapping, side: int) -> dict[str, jax.Array]:
+        position, tile = tokens["position"], self.tile[side]
+        needed = (self.mask.query_fields, self.mask.key_fields)[side] - {INSIDE} | score.reads
+        padded = {name: _pad(tokens[name], tile, axis=1, mode="edge") for name in needed | {"position"}}
+        return {**padded, INSIDE: _pad(jnp.ones_like(position), tile, axis=1)}
+
+
+class Task(NamedTuple):
+    """What attention does to its arrays, whatever these are and wherever they lie. Static."""
+
+    mask: masks.Mask
+    scale: float
+    tiled: type[Tiled]
+
+    def plan(self, heads: int, length: int, keys: int) -> Tiled:
+        return self.tiled.plan(self.mask, self.scale, heads, length, keys)
+
+
+def natural(x_BKGTD: jax.Array, length: int) -> jax.Array:
+    """Heads-major back to (B, length, H, ...), padding dropped."""
+    x = jnp.moveaxis(x_BKGTD[:, :, :, :length], 3, 1)
+    return x.reshape(*x.shape[:2], -1, *x.shape[4:])
+
+
+def block_length(length: int, longest: int, multiple: int) -> int:
+    """Of equal blocks, none longer than `longest`: a multiple of `multiple`, as little padding as that allows."""
+    blocks = -(-length // longest)
+    return -(-length // (multiple * blocks)) * multiple
+
+
+def vary_alike(tree):
+    """Inside jax.shard_map: every array made to vary over the mesh axes over which any of them does."""
+    over = {axis for x in jax.tree.leaves(tree) for axis in _varying(x)}
+    return jax.tree.map(lambda x: jax.lax.pcast(x, tuple(over - _varying(x)), to="varying"), tree)
+
+
+def zeros(shape: tuple[int, ...], like: jax.Array) -> jax.Array:
+    """float32 zeros that vary over the mesh axes over which `like` does: what loops carry must not change in that."""
+    return jax.lax.pcast(jnp.zeros(shape, jnp.float32), tuple(_varying(like)), to="varying")
+
+
+def _varying(x: jax.Array) -> frozenset[str]:
+    return jax.typeof(x).manual_axis_type.varying
+
+
+def _pad(x: jax.Array, multiple: int, axis: int, mode: str = "constant") -> jax.Array:
+    missing = -x.shape[axis] % multiple
+    return jnp.pad(x, [(0, missing if i == axis else 0) for i in range(x.ndim)], mode=mode) if missing else x

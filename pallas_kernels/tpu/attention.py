@@ -1,0 +1,90 @@
+"""Exact attention on a TPU: both passes as kernels over lists of live blocks.
+
+The algebra is that of lib/blockwise.py, in powers of two: queries come scaled by scale log2(e), so that
+exp(s - m) = 2^(s' - m'). A tile is cut into parts, so that what one part waits for (the matrix unit's latency, the
+greatest logit of a row) passes while another is computed: the products of the next part are issued before the softmax
+of this one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from striate.lib.tiles import Partial, Tiled, block_length, zeros
+from striate.pallas_kernels.tpu import backward, forward
+from striate.pallas_kernels.tpu.chips import target
+from striate.pallas_kernels.tpu.parts import DEFAULT_TILE, LANES, LOG2E, TILE
+from striate.pallas_kernels.tpu.steps import live_steps, over_segments
+
+
+@dataclass(frozen=True)
+class Kernel(Tiled):
+    """Attention by the kernels of this file."""
+
+    interpret: ClassVar[Any] = False
+
+    @classmethod
+    def choose_tile(cls, mask, heads, length, keys):
+        longest = TILE.get(target(), DEFAULT_TILE)
+        return tuple(block_length(n, most, LANES) for n, most in zip((length, keys), longest, strict=True))
+
+    def queries(self, q_BTHD, kv_heads):
+        return self.rows((self.scale * LOG2E * q_BTHD.astype(jnp.float32)).astype(q_BTHD.dtype), kv_heads)
+
+    def forward(self, score, q, k, v, query_fields, key_fields, partial):
+        steps = live_steps(self.verdicts(query_fields, key_fields))
+        names, query_fields, key_fields = self._fields(score, query_fields, key_fields)
+        flat, (maximum, total, weighted) = _flatten(q), map(_flatten, partial)
+        carry = maximum[:, :, None], total[:, :, None], weighted
+
+        def call(row, code, count, carry):
+            return forward.forward(self, score, names, row, code, count, flat, k, v, query_fields, key_fields, carry)
+
+        done = over_segments(steps, call, carry)
+        return Partial(*(x.reshape(like.shape) for x, like in zip(done, partial, strict=True)))
+
+    def empty_sums(self, score, q):
+        return zeros(q.shape, q), jax.tree.map(lambda x: zeros(x.shape, q), score)
+
+    def finish_dq(self, sum_of_dq, q):
+        return self.scale * sum_of_dq
+
+    def backward(self, score, q, k, v, d_out, lse, delta, query_fields, key_fields, sums):
+        steps = live_steps(self.verdicts(query_fields, key_fields).swapaxes(1, 2))
+        names, query_fields, key_fields = self._fields(score, query_fields, key_fields)
+        # A row that sees nothing has lse = -inf; its logits are all -inf, and exp(-inf - 0) = 0 is what is meant.
+        lse = LOG2E * jnp.where(jnp.isfinite(lse), lse, 0.0)
+        rows = _flatten(q), _flatten(d_out), _flatten(lse)[:, :, None], _flatten(delta)[:, :, None]
+        dq, d_score = sums
+        carry = _flatten(dq), zeros(k.shape, q), zeros(v.shape, q), d_score
+
+        def call(row, code, count, carry):
+            return backward.backward(self, score, names, row, code, count, *rows, k, v, query_fields, key_fields, carry)
+
+        dq_flat, dk, dv, d_score = over_segments(steps, call, carry)
+        return (dq_flat.reshape(dq.shape), d_score), dk, dv
+
+    def _fields(self, score, query_fields, key_fields):
+        """(names of the fields that the kernels read, queries' (B, names, T), keys' (B, names, S))."""
+        names = sorted(self.mask.fields | score.reads) or ["position"]
+
+        def stack(fields):
+            # A field that only the other side reads is there as zeros.
+            position = fields["position"]
+            return jnp.stack([fields.get(name, jnp.zeros_like(position)) for name in names], axis=1)
+
+        return names, stack(query_fields), stack(key_fields)
+
+
+class Interpreted(Kernel):
+    """The same, step by step on any device."""
+
+    interpret = True
+
+
+def _flatten(x_BKG):
+    return x_BKG.reshape(x_BKG.shape[0], -1, *x_BKG.shape[3:])

@@ -1,0 +1,176 @@
+"""The backward pass of exact attention on a TPU: five products a tile, one pass over the live blocks.
+
+One step of the grid is a live block of queries for a block of keys, transposed, so that four of the five products are
+plain:
+
+    P^T = 2^(K Q'^T - lse')           dV += P^T dO
+    dS^T = P^T * (V dO^T - delta)     dK += ln(2) dS^T Q'       dQ += scale (dS^T)^T K
+
+dK and dV stay in VMEM while their block of keys does. dQ is gathered in HBM: each step reads its block, adds to it and
+writes it back, copies running beside the products of the steps before and after (`Gathered`).
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from striate.lib.tiles import Tiled
+from striate.pallas_kernels.tpu.chips import target
+from striate.pallas_kernels.tpu.gathered import Gathered
+from striate.pallas_kernels.tpu.parts import (
+    BACKWARD,
+    DEFAULT_BACKWARD,
+    LANES,
+    LN2,
+    LOG2E,
+    NN,
+    NT,
+    TN,
+    column,
+    compiler_params,
+    in_parts,
+    is_plain,
+    of_parameters,
+    parameters,
+    product,
+    scored,
+    spread,
+)
+from striate.pallas_kernels.tpu.steps import COLUMN, FIRST, LAST, LIVE, MASKED
+
+
+def backward(kernel: Tiled, score, names, row, code, count, q, d_out, lse, delta, k, v, *rest):
+    """One call: (dq, dk, dv, the gradients of the score) with what the steps listed add to them."""
+    query_fields, key_fields, (*gradients, d_score) = rest
+    (_, heads, _, width), (q_tile, k_tile), kv_heads = q.shape, kernel.tile, k.shape[1]
+    parts = BACKWARD.get(target(), DEFAULT_BACKWARD).of(q_tile, k_tile)
+    lanes, group, blocks = min(LANES, parts.queries), heads // kv_heads, k.shape[2] // k_tile
+
+    def of_query(shape, index):
+        def place(h, i, g, row, code):
+            return row[i] // blocks, h * group + g, *index(code[i] // COLUMN)
+
+        return pl.BlockSpec((None, None, *shape), place)
+
+    def of_keys(width):
+        def place(h, i, g, row, code):
+            return row[i] // blocks, h, row[i] % blocks, 0
+
+        return pl.BlockSpec((None, None, k_tile, width), place)
+
+    leaves, specs, rebuild = parameters(score, heads, lambda h, i, g, row, code: (h * group + g, 0, 0))
+    shares = [jnp.zeros((kv_heads, group, *x.shape[1:]), jnp.float32) for x in leaves]
+    of_shares = [pl.BlockSpec((None, *x.shape[1:]), lambda h, i, g, row, code: (h, 0, 0, 0)) for x in shares]
+    in_place = pl.BlockSpec(memory_space=pl.ANY)
+    given = (q, d_out, lse, delta, k, v, query_fields, key_fields, *leaves)
+    spec = pltpu.PrefetchScalarGridSpec(
+        num_scalar_prefetch=2,
+        grid=(kv_heads, count, group),
+        in_specs=[
+            of_query((q_tile, width), lambda q: (q, 0)),
+            of_query((q_tile, v.shape[3]), lambda q: (q, 0)),
+            *[of_query((1, q_tile), lambda q: (0, q))] * 2,
+            of_keys(width),
+            of_keys(v.shape[3]),
+            pl.BlockSpec(
+                (None, len(names), q_tile), lambda h, i, g, row, code: (row[i] // blocks, 0, code[i] // COLUMN)
+            ),
+            pl.BlockSpec((None, len(names), k_tile), lambda h, i, g, row, code: (row[i] // blocks, 0, row[i] % blocks)),
+            *specs,
+            *[in_place] * 3,
+        ],
+        out_specs=[in_place, of_keys(width), of_keys(v.shape[3]), *of_shares],
+        scratch_shapes=[
+            pltpu.VMEM((len(names), k_tile, lanes), jnp.int32),
+            *Gathered.scratch_shapes((q_tile, width)),
+        ],
+    )
+    body = functools.partial(_step, kernel.mask, is_plain(score), rebuild, len(leaves), names, parts, blocks)
+    outputs = (*gradients, *shares)
+    dq, dk, dv, *shares = pl.pallas_call(
+        body,
+        grid_spec=spec,
+        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in outputs],
+        input_output_aliases={2 + len(given) + i: i for i in range(3)},
+        interpret=kernel.interpret,
+        compiler_params=compiler_params("parallel", "arbitrary", "arbitrary"),
+        name="striate_backward",
+    )(row, code, *given, *gradients)
+    return dq, dk, dv, jax.tree.map(jnp.add, d_score, of_parameters(score, shares))
+
+
+def _step(mask, plain, rebuild, leaf_count, names, parts, blocks, row_ref, code_ref, *refs):
+    q_ref, d_out_ref, lse_ref, delta_ref, k_ref, v_ref, query_ref, key_ref, *refs = refs
+    leaf_refs, (_, _, _, dq_hbm, dk_ref, dv_ref, *refs) = refs[:leaf_count], refs[leaf_count:]
+    share_refs, (column_ref, *gathered) = refs[:leaf_count], refs[leaf_count:]
+    step, member = pl.program_id(1), pl.program_id(2)
+    steps, group = pl.num_programs(1), pl.num_programs(2)
+    flags = code_ref[step] % COLUMN
+
+    def place(ahead: int):
+        """(batch, head, query block) of a step `ahead` of this one."""
+        at = step * group + member + ahead
+        i = jnp.minimum(at // group, steps - 1)
+        return row_ref[i] // blocks, pl.program_id(0) * group + at % group, code_ref[i] // COLUMN
+
+    begin, end = (step == 0) & (member == 0), (step == steps - 1) & (member == group - 1)
+    dq = Gathered(dq_hbm, *gathered)
+    slot = dq.enter(place(0), place(1), begin, end)
+
+    @pl.when((flags & FIRST != 0) & (member == 0))
+    def _():
+        for number in range(len(names)):
+            column_ref[number] = column(key_ref[number : number + 1], column_ref.shape[2])
+        dk_ref[...], dv_ref[...] = jnp.zeros_like(dk_ref), jnp.zeros_like(dv_ref)
+
+    @pl.when(begin)
+    def _():
+        for ref in share_refs:
+            ref[...] = jnp.zeros_like(ref)
+
+    def compute(masked: bool):
+        def products(rows, keys):
+            return product(k_ref[keys], q_ref[rows], NT), product(v_ref[keys], d_out_ref[rows], NT)
+
+        def gradients(rows, keys, pair):
+            s, dp = pair
+            query = {n: query_ref[i : i + 1, rows] for i, n in enumerate(names)}
+            key = {n: spread(column_ref[i, keys], s.shape[1]) for i, n in enumerate(names)}
+            weight = None
+            if not plain:
+                (s, weight), pull = jax.vjp(
+                    lambda s, *blocks: scored(rebuild(blocks), s, query, key), s, *[ref[...] for ref in leaf_refs]
+                )
+            if masked:
+                query[None], key[None] = jnp.zeros((1, s.shape[1]), jnp.int32), jnp.zeros(s.shape, jnp.int32)
+                s = mask.select(query, key, s, -jnp.inf)
+            p = jnp.exp2(s - lse_ref[:, rows])
+            ds = p * ((dp if weight is None else dp * weight) - delta_ref[:, rows])
+            if not plain:
+                # The score takes and gives powers of two; a logit's gradient is asked for in natural units.
+                ds, *shares = pull((LN2 * ds, None if weight is None else p * dp))
+                ds = LOG2E * ds
+                for ref, share in zip(share_refs, shares, strict=True):
+                    ref[member] += share[0]
+            return (p if weight is None else p * weight).astype(v_ref.dtype), ds.astype(k_ref.dtype)
+
+        def gather(rows, keys, p, ds):
+            dv_ref[keys] += product(p, d_out_ref[rows], NN)
+            dk_ref[keys] += product(ds, q_ref[rows], NN)
+            dq.slots[slot, rows] += product(ds, k_ref[keys], TN)
+
+        in_parts(parts, q_ref.shape[0], k_ref.shape[0], products, gradients, gather)
+
+    pl.when(flags & (LIVE | MASKED) == LIVE)(lambda: compute(masked=False))
+    pl.when(flags & (LIVE | MASKED) == LIVE | MASKED)(lambda: compute(masked=True))
+
+    @pl.when((flags & LAST != 0) & (member == group - 1))
+    def _():
+        dk_ref[...] *= LN2
+
+    dq.leave(place(0), place(1), end)

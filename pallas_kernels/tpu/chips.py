@@ -1,0 +1,29 @@
+"""Which TPU a program is for: the one it is compiled for, be it here or only described."""
+
+from __future__ import annotations
+
+import jax
+
+# What JAX calls the chips, and what everybody else does.
+NAMES = {
+    "TPU v4": "v4",
+    "TPU v5 lite": "v5e",
+    "TPU v5": "v5p",
+    "TPU v6 lite": "v6e",
+    "TPU7x": "tpu7x",
+}
+
+
+def target() -> str | None:
+    """The chip for which a program is traced: "v4" to "tpu7x" (NAMES), or what JAX calls it; None for no TPU.
+
+    Where a mesh was set (`jax.sharding.use_abstract_mesh`, jax.shard_map) it says, which serves to compile ahead of
+    time on a machine without a TPU; else the default device.
+    """
+    described = jax.sharding.get_abstract_mesh().abstract_device
+    if described is not None:
+        platform, kind = described.platform, described.device_kind
+    else:
+        device = jax.devices()[0]
+        platform, kind = device.platform, device.device_kind
+    return NAMES.get(kind, kind) if platform == "tpu" else None

@@ -1,0 +1,113 @@
+"""What both passes of attention share: how a tile is cut into parts, scores in a tile, and shapes that TPUs like."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from striate.lib.scores import Composed, Score
+from striate.pallas_kernels.tpu.chips import target
+
+LANES = 128
+LOG2E, LN2 = math.log2(math.e), math.log(2.0)
+NT, NN, TN = (((1,), (1,)), ((), ())), (((1,), (0,)), ((), ())), (((0,), (0,)), ((), ()))
+
+
+class Parts(NamedTuple):
+    """How a tile is cut: lengths of a part in queries and keys, and how many parts the products are ahead."""
+
+    queries: int
+    keys: int
+    ahead: int
+
+    def of(self, q_tile: int, k_tile: int) -> Parts:
+        return Parts(_divisor(q_tile, self.queries), _divisor(k_tile, self.keys), self.ahead)
+
+
+# From the compiled schedules: `striate bench tpu-schedule`. Tile of queries and keys, then the parts of each pass.
+FORWARD = {"v4": Parts(256, 512, 1), "v5e": Parts(256, 1024, 0), "v5p": Parts(256, 1024, 0)}
+BACKWARD: dict[str, Parts] = {}
+DEFAULT_FORWARD, DEFAULT_BACKWARD = Parts(512, 512, 1), Parts(512, 512, 1)
+TILE = {"v6e": (2048, 1024), "tpu7x": (2048, 1024)}
+DEFAULT_TILE = (1024, 1024)
+VMEM = {"v4": 16 * 2**20}
+DEFAULT_VMEM = 64 * 2**20
+
+
+def in_parts(parts: Parts, q_tile: int, k_tile: int, first, second, third) -> None:
+    """Three stages for every part of a tile, in an order in which `first` is some parts ahead of the others."""
+    places = [
+        (slice(row, row + parts.queries), slice(key, key + parts.keys))
+        for key in range(0, k_tile, parts.keys)
+        for row in range(0, q_tile, parts.queries)
+    ]
+    begun = {}
+    for number in range(len(places) + parts.ahead):
+        if number < len(places):
+            begun[number] = first(*places[number])
+        done = number - parts.ahead
+        if done >= 0:
+            third(*places[done], *second(*places[done], begun.pop(done)))
+
+
+def scored(score: Score, s, query, key):
+    """(t, w) for logits in powers of two, t as well."""
+    t, weight = score.tile(LN2 * s, query, key)
+    return LOG2E * t, weight
+
+
+def parameters(score: Score, heads: int, index):
+    """(a score's parameters as (H, 1, n) arrays, their blocks of one head, what makes the score of such blocks)."""
+    leaves, tree = jax.tree.flatten(score)
+    per_head = [jnp.broadcast_to(x, (heads,)) if x.ndim == 0 else x for x in leaves]
+    arrays = [x.reshape(heads, 1, -1) for x in per_head]
+    specs = [pl.BlockSpec((1, 1, x.shape[2]), index) for x in arrays]
+
+    def rebuild(blocks):
+        return tree.unflatten([x if leaf.ndim > 1 else x[0] for x, leaf in zip(blocks, leaves, strict=True)])
+
+    return arrays, specs, rebuild
+
+
+def of_parameters(score: Score, shares):
+    """(K, G, 1, n) arrays, one for each parameter, as a score whose parameters they are."""
+    leaves, tree = jax.tree.flatten(score)
+    summed = [x.reshape(leaf.shape) if leaf.ndim else x.sum() for x, leaf in zip(shares, leaves, strict=True)]
+    return tree.unflatten(summed)
+
+
+def is_plain(score: Score) -> bool:
+    """Whether a score leaves the logits of a tile as they are."""
+    return (type(score).tile is Score.tile and type(score).logit is Score.logit) or (
+        isinstance(score, Composed) and all(map(is_plain, score.parts))
+    )
+
+
+def column(row_1N, lanes: int):
+    """(1, n) as (n, lanes), every lane the same."""
+    return jnp.broadcast_to(row_1N, (lanes, row_1N.shape[1])).T
+
+
+def spread(x_RL, width: int):
+    """(rows, lanes), every lane the same, as (rows, width)."""
+    return jnp.tile(x_RL, (1, -(-width // x_RL.shape[1])))[:, :width]
+
+
+def product(a, b, dimensions):
+    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    return jax.lax.dot_general(a, b, dimensions, precision=precision, preferred_element_type=jnp.float32)
+
+
+def _divisor(length: int, longest: int) -> int:
+    """The longest part, of at most `longest`, into which a length can be cut: of whole LANES, where the length is."""
+    unit = LANES if length % LANES == 0 else length
+    return max(part for part in range(unit, max(longest, unit) + 1, unit) if length % part == 0)
+
+
+def compiler_params(*semantics: str):
+    return pltpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=VMEM.get(target(), DEFAULT_VMEM))
