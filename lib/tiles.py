@@ -40,8 +40,9 @@ class Partial(NamedTuple):
         seen = self.total > 0
         total = jnp.where(seen, self.total, 1.0)
         lse = jnp.where(seen, self.maximum + jnp.log(total), -jnp.inf)
-        share = 1.0 / total if normalised else jnp.where(seen, jnp.exp(self.maximum), 0.0)
-        return self.weighted * share[..., None], lse
+        if normalised:
+            return self.weighted / total[..., None], lse
+        return self.weighted * jnp.where(seen, jnp.exp(self.maximum), 0.0)[..., None], lse
 
 
 INSIDE = "_inside"

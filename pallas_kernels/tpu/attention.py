@@ -8,11 +8,13 @@ of this one.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+from jax.custom_batching import sequential_vmap
 
 from striate.lib.tiles import Partial, Tiled, block_length, zeros
 from striate.pallas_kernels.tpu import backward, forward
@@ -41,8 +43,10 @@ class Kernel(Tiled):
         flat, (maximum, total, weighted) = _flatten(q), map(_flatten, partial)
         carry = maximum[:, :, None], total[:, :, None], weighted
 
+        kernel = _one_at_a_time(forward.forward, self, names)
+
         def call(row, code, count, carry):
-            return forward.forward(self, score, names, row, code, count, flat, k, v, query_fields, key_fields, carry)
+            return kernel(score, row, code, count, flat, k, v, query_fields, key_fields, carry)
 
         done = over_segments(steps, call, carry)
         return Partial(*(x.reshape(like.shape) for x, like in zip(done, partial, strict=True)))
@@ -62,8 +66,10 @@ class Kernel(Tiled):
         dq, d_score = sums
         carry = _flatten(dq), zeros(k.shape, q), zeros(v.shape, q), d_score
 
+        kernel = _one_at_a_time(backward.backward, self, names)
+
         def call(row, code, count, carry):
-            return backward.backward(self, score, names, row, code, count, *rows, k, v, query_fields, key_fields, carry)
+            return kernel(score, row, code, count, *rows, k, v, query_fields, key_fields, carry)
 
         dq_flat, dk, dv, d_score = over_segments(steps, call, carry)
         return (dq_flat.reshape(dq.shape), d_score), dk, dv
@@ -84,6 +90,11 @@ class Interpreted(Kernel):
     """The same, step by step on any device."""
 
     interpret = True
+
+
+def _one_at_a_time(function, *static):
+    # Under jax.vmap: Pallas would add an axis to the grid, and leave what a kernel reads from HBM by itself as it was.
+    return sequential_vmap(functools.partial(function, *static))
 
 
 def _flatten(x_BKG):

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from striate.lib.tiles import Tiled
+from striate.lib.tiles import Tiled, zeros
 from striate.pallas_kernels.tpu.chips import target
 from striate.pallas_kernels.tpu.gathered import Gathered
 from striate.pallas_kernels.tpu.parts import (
@@ -35,6 +35,7 @@ from striate.pallas_kernels.tpu.parts import (
     compiler_params,
     in_parts,
     is_plain,
+    like,
     of_parameters,
     parameters,
     product,
@@ -44,7 +45,7 @@ from striate.pallas_kernels.tpu.parts import (
 from striate.pallas_kernels.tpu.steps import COLUMN, FIRST, LAST, LIVE, MASKED
 
 
-def backward(kernel: Tiled, score, names, row, code, count, q, d_out, lse, delta, k, v, *rest):
+def backward(kernel: Tiled, names, score, row, code, count, q, d_out, lse, delta, k, v, *rest):
     """One call: (dq, dk, dv, the gradients of the score) with what the steps listed add to them."""
     query_fields, key_fields, (*gradients, d_score) = rest
     (_, heads, _, width), (q_tile, k_tile), kv_heads = q.shape, kernel.tile, k.shape[1]
@@ -64,7 +65,7 @@ def backward(kernel: Tiled, score, names, row, code, count, q, d_out, lse, delta
         return pl.BlockSpec((None, None, k_tile, width), place)
 
     leaves, specs, rebuild = parameters(score, heads, lambda h, i, g, row, code: (h * group + g, 0, 0))
-    shares = [jnp.zeros((kv_heads, group, *x.shape[1:]), jnp.float32) for x in leaves]
+    shares = [zeros((kv_heads, group, *x.shape[1:]), q) for x in leaves]
     of_shares = [pl.BlockSpec((None, *x.shape[1:]), lambda h, i, g, row, code: (h, 0, 0, 0)) for x in shares]
     in_place = pl.BlockSpec(memory_space=pl.ANY)
     given = (q, d_out, lse, delta, k, v, query_fields, key_fields, *leaves)
@@ -95,7 +96,7 @@ def backward(kernel: Tiled, score, names, row, code, count, q, d_out, lse, delta
     dq, dk, dv, *shares = pl.pallas_call(
         body,
         grid_spec=spec,
-        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in outputs],
+        out_shape=[like(x) for x in outputs],
         input_output_aliases={2 + len(given) + i: i for i in range(3)},
         interpret=kernel.interpret,
         compiler_params=compiler_params("parallel", "arbitrary", "arbitrary"),

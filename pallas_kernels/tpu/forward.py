@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import functools
 
-import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
@@ -31,6 +30,7 @@ from striate.pallas_kernels.tpu.parts import (
     compiler_params,
     in_parts,
     is_plain,
+    like,
     parameters,
     product,
     scored,
@@ -39,7 +39,7 @@ from striate.pallas_kernels.tpu.parts import (
 from striate.pallas_kernels.tpu.steps import COLUMN, FIRST, LAST, LIVE, MASKED
 
 
-def forward(kernel: Tiled, score, names, row, code, count, q, k, v, query_fields, key_fields, carry):
+def forward(kernel: Tiled, names, score, row, code, count, q, k, v, query_fields, key_fields, carry):
     """One call: (m (B, H, 1, T), l (B, H, 1, T), acc (B, H, T, V)) with what the steps listed add to them."""
     (_, heads, length, width), (q_tile, k_tile) = q.shape, kernel.tile
     parts = FORWARD.get(target(), DEFAULT_FORWARD).of(q_tile, k_tile)
@@ -80,7 +80,7 @@ def forward(kernel: Tiled, score, names, row, code, count, q, k, v, query_fields
     return pl.pallas_call(
         body,
         grid_spec=spec,
-        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in carry],
+        out_shape=[like(x) for x in carry],
         input_output_aliases={2 + len(given) + i: i for i in range(3)},
         interpret=kernel.interpret,
         compiler_params=compiler_params("parallel", "arbitrary"),

@@ -111,3 +111,8 @@ def _divisor(length: int, longest: int) -> int:
 
 def compiler_params(*semantics: str):
     return pltpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=VMEM.get(target(), DEFAULT_VMEM))
+
+
+def like(x: jax.Array) -> jax.ShapeDtypeStruct:
+    """An output of the shape of an input, which varies over the mesh axes over which that does."""
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, manual_axis_type=jax.typeof(x).manual_axis_type)

@@ -1,6 +1,7 @@
 """Random problems of every kind at once: formulas, Tokens, scores, heads, widths, lengths, layouts, meshes, strategies.
 
-`PYTHONPATH=tests python tests/lib/test_fuzz.py FIRST COUNT` runs as many of them as you like and says what it has seen.
+`PYTHONPATH=tests python tests/lib/test_fuzz.py FIRST COUNT [IMPLEMENTATION]` runs as many as you like and says what it
+has seen.
 """
 
 import collections
@@ -95,8 +96,22 @@ def test_many_random_problems(first):
     jax.clear_caches()  # see conftest.py: a module of 2000 problems is too many for one process
 
 
-def check(seed: int) -> Drawn:
+@pytest.mark.long
+@pytest.mark.parametrize("seed", range(0, 120, SHARE))
+def test_random_problems_on_the_tpu_kernel(seed):
+    check(seed, "pallas_tpu_interpret")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3000, 4000, SHARE // 2))
+def test_many_random_problems_on_the_tpu_kernel(seed):
+    check(seed, "pallas_tpu_interpret")
+    jax.clear_caches()
+
+
+def check(seed: int, implementation: str | None = None) -> Drawn:
     drawn = draw(seed)
+    drawn = drawn._replace(system=drawn.system._replace(implementation=implementation or drawn.system.implementation))
     try:
         drawn.check()
     except Exception as error:
@@ -105,11 +120,11 @@ def check(seed: int) -> Drawn:
     return drawn
 
 
-def main(first: int, count: int) -> None:
+def main(first: int, count: int, implementation: str | None = None) -> None:
     seen, start, failed = collections.Counter(), time.perf_counter(), []
     for seed in range(first, first + count):
         try:
-            drawn = check(seed)
+            drawn = check(seed, implementation)
         except Exception as error:
             failed.append(seed)
             print(f"failed: {error!r}", *error.__notes__, flush=True)
@@ -130,4 +145,4 @@ def main(first: int, count: int) -> None:
 
 if __name__ == "__main__":
     jax.config.update("jax_num_cpu_devices", 8)
-    main(*map(int, sys.argv[1:]))
+    main(*map(int, sys.argv[1:3]), *sys.argv[3:])

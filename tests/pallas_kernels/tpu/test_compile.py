@@ -47,7 +47,7 @@ def both_passes(mask, score, parallel=None):
 @pytest.mark.parametrize("topology", CHIPS)
 def test_both_passes_compile(topology, name):
     compiled = plan.compile_for(topology, both_passes(*MASKS[name]), *arrays(4096))
-    assert compiled.as_text().count("custom_call_target=\"tpu_custom_call\"") == 2
+    assert compiled.as_text().count('custom_call_target="tpu_custom_call"') == 2
 
 
 @pytest.mark.tpu
