@@ -18,8 +18,7 @@ from jax.custom_batching import sequential_vmap
 
 from striate.lib.tiles import Partial, Tiled, block_length, zeros
 from striate.pallas_kernels.tpu import backward, forward
-from striate.pallas_kernels.tpu.chips import target
-from striate.pallas_kernels.tpu.parts import DEFAULT_TILE, LANES, LOG2E, TILE
+from striate.pallas_kernels.tpu.parts import LANES, LOG2E, blocks
 from striate.pallas_kernels.tpu.steps import live_steps, over_segments
 
 
@@ -31,8 +30,7 @@ class Kernel(Tiled):
 
     @classmethod
     def choose_tile(cls, mask, heads, length, keys):
-        longest = TILE.get(target(), DEFAULT_TILE)
-        return tuple(block_length(n, most, LANES) for n, most in zip((length, keys), longest, strict=True))
+        return tuple(block_length(n, most, LANES) for n, most in zip((length, keys), blocks().tile, strict=True))
 
     def queries(self, q_BTHD, kv_heads):
         return self.rows((self.scale * LOG2E * q_BTHD.astype(jnp.float32)).astype(q_BTHD.dtype), kv_heads)

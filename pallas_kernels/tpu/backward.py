@@ -20,17 +20,15 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from striate.lib.tiles import Tiled, zeros
-from striate.pallas_kernels.tpu.chips import target
 from striate.pallas_kernels.tpu.gathered import Gathered
 from striate.pallas_kernels.tpu.parts import (
-    BACKWARD,
-    DEFAULT_BACKWARD,
     LANES,
     LN2,
     LOG2E,
     NN,
     NT,
     TN,
+    blocks,
     column,
     compiler_params,
     in_parts,
@@ -49,18 +47,18 @@ def backward(kernel: Tiled, names, score, row, code, count, q, d_out, lse, delta
     """One call: (dq, dk, dv, the gradients of the score) with what the steps listed add to them."""
     query_fields, key_fields, (*gradients, d_score) = rest
     (_, heads, _, width), (q_tile, k_tile), kv_heads = q.shape, kernel.tile, k.shape[1]
-    parts = BACKWARD.get(target(), DEFAULT_BACKWARD).of(q_tile, k_tile)
-    lanes, group, blocks = min(LANES, parts.queries), heads // kv_heads, k.shape[2] // k_tile
+    parts = blocks().backward.of(q_tile, k_tile)
+    lanes, group, per_row = min(LANES, parts.queries), heads // kv_heads, k.shape[2] // k_tile
 
     def of_query(shape, index):
         def place(h, i, g, row, code):
-            return row[i] // blocks, h * group + g, *index(code[i] // COLUMN)
+            return row[i] // per_row, h * group + g, *index(code[i] // COLUMN)
 
         return pl.BlockSpec((None, None, *shape), place)
 
     def of_keys(width):
         def place(h, i, g, row, code):
-            return row[i] // blocks, h, row[i] % blocks, 0
+            return row[i] // per_row, h, row[i] % per_row, 0
 
         return pl.BlockSpec((None, None, k_tile, width), place)
 
@@ -79,9 +77,11 @@ def backward(kernel: Tiled, names, score, row, code, count, q, d_out, lse, delta
             of_keys(width),
             of_keys(v.shape[3]),
             pl.BlockSpec(
-                (None, len(names), q_tile), lambda h, i, g, row, code: (row[i] // blocks, 0, code[i] // COLUMN)
+                (None, len(names), q_tile), lambda h, i, g, row, code: (row[i] // per_row, 0, code[i] // COLUMN)
             ),
-            pl.BlockSpec((None, len(names), k_tile), lambda h, i, g, row, code: (row[i] // blocks, 0, row[i] % blocks)),
+            pl.BlockSpec(
+                (None, len(names), k_tile), lambda h, i, g, row, code: (row[i] // per_row, 0, row[i] % per_row)
+            ),
             *specs,
             *[in_place] * 3,
         ],
@@ -91,7 +91,7 @@ def backward(kernel: Tiled, names, score, row, code, count, q, d_out, lse, delta
             *Gathered.scratch_shapes((q_tile, width)),
         ],
     )
-    body = functools.partial(_step, kernel.mask, is_plain(score), rebuild, len(leaves), names, parts, blocks)
+    body = functools.partial(_step, kernel.mask, is_plain(score), rebuild, len(leaves), names, parts, per_row)
     outputs = (*gradients, *shares)
     dq, dk, dv, *shares = pl.pallas_call(
         body,
@@ -105,7 +105,7 @@ def backward(kernel: Tiled, names, score, row, code, count, q, d_out, lse, delta
     return dq, dk, dv, jax.tree.map(jnp.add, d_score, of_parameters(score, shares))
 
 
-def _step(mask, plain, rebuild, leaf_count, names, parts, blocks, row_ref, code_ref, *refs):
+def _step(mask, plain, rebuild, leaf_count, names, parts, per_row, row_ref, code_ref, *refs):
     q_ref, d_out_ref, lse_ref, delta_ref, k_ref, v_ref, query_ref, key_ref, *refs = refs
     leaf_refs, (_, _, _, dq_hbm, dk_ref, dv_ref, *refs) = refs[:leaf_count], refs[leaf_count:]
     share_refs, (column_ref, *gathered) = refs[:leaf_count], refs[leaf_count:]
@@ -117,7 +117,7 @@ def _step(mask, plain, rebuild, leaf_count, names, parts, blocks, row_ref, code_
         """(batch, head, query block) of a step `ahead` of this one."""
         at = step * group + member + ahead
         i = jnp.minimum(at // group, steps - 1)
-        return row_ref[i] // blocks, pl.program_id(0) * group + at % group, code_ref[i] // COLUMN
+        return row_ref[i] // per_row, pl.program_id(0) * group + at % group, code_ref[i] // COLUMN
 
     begin, end = (step == 0) & (member == 0), (step == steps - 1) & (member == group - 1)
     dq = Gathered(dq_hbm, *gathered)

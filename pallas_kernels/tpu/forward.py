@@ -17,15 +17,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from striate.lib.tiles import Tiled
-from striate.pallas_kernels.tpu.chips import target
 from striate.pallas_kernels.tpu.parts import (
-    DEFAULT_FORWARD,
-    FORWARD,
     LANES,
     LN2,
     LOG2E,
     NN,
     NT,
+    blocks,
     column,
     compiler_params,
     in_parts,
@@ -42,17 +40,17 @@ from striate.pallas_kernels.tpu.steps import COLUMN, FIRST, LAST, LIVE, MASKED
 def forward(kernel: Tiled, names, score, row, code, count, q, k, v, query_fields, key_fields, carry):
     """One call: (m (B, H, 1, T), l (B, H, 1, T), acc (B, H, T, V)) with what the steps listed add to them."""
     (_, heads, length, width), (q_tile, k_tile) = q.shape, kernel.tile
-    parts = FORWARD.get(target(), DEFAULT_FORWARD).of(q_tile, k_tile)
-    lanes, group, blocks = min(LANES, parts.keys), heads // k.shape[1], length // q_tile
+    parts = blocks().forward.of(q_tile, k_tile)
+    lanes, group, per_row = min(LANES, parts.keys), heads // k.shape[1], length // q_tile
 
     def of_row(shape, index):
         return pl.BlockSpec(
-            (None, None, *shape), lambda h, i, row, code: (row[i] // blocks, h, *index(row[i] % blocks))
+            (None, None, *shape), lambda h, i, row, code: (row[i] // per_row, h, *index(row[i] % per_row))
         )
 
     def of_keys(width):
         return pl.BlockSpec(
-            (None, None, k_tile, width), lambda h, i, row, code: (row[i] // blocks, h // group, code[i] // COLUMN, 0)
+            (None, None, k_tile, width), lambda h, i, row, code: (row[i] // per_row, h // group, code[i] // COLUMN, 0)
         )
 
     leaves, specs, rebuild = parameters(score, heads, lambda h, i, row, code: (h, 0, 0))
@@ -65,8 +63,8 @@ def forward(kernel: Tiled, names, score, row, code, count, q, k, v, query_fields
             of_row((q_tile, width), lambda q: (q, 0)),
             of_keys(width),
             of_keys(v.shape[3]),
-            pl.BlockSpec((None, len(names), q_tile), lambda h, i, row, code: (row[i] // blocks, 0, row[i] % blocks)),
-            pl.BlockSpec((None, len(names), k_tile), lambda h, i, row, code: (row[i] // blocks, 0, code[i] // COLUMN)),
+            pl.BlockSpec((None, len(names), q_tile), lambda h, i, row, code: (row[i] // per_row, 0, row[i] % per_row)),
+            pl.BlockSpec((None, len(names), k_tile), lambda h, i, row, code: (row[i] // per_row, 0, code[i] // COLUMN)),
             *specs,
             *carries,
         ],

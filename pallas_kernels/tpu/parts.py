@@ -29,14 +29,35 @@ class Parts(NamedTuple):
         return Parts(_divisor(q_tile, self.queries), _divisor(k_tile, self.keys), self.ahead)
 
 
-# From the compiled schedules: `striate bench tpu-schedule`. Tile of queries and keys, then the parts of each pass.
-FORWARD = {"v4": Parts(256, 512, 1), "v5e": Parts(256, 1024, 0), "v5p": Parts(256, 1024, 0)}
-BACKWARD: dict[str, Parts] = {}
-DEFAULT_FORWARD, DEFAULT_BACKWARD = Parts(512, 512, 1), Parts(512, 512, 1)
-TILE = {"v6e": (2048, 1024), "tpu7x": (2048, 1024)}
-DEFAULT_TILE = (1024, 1024)
-VMEM = {"v4": 16 * 2**20}
-DEFAULT_VMEM = 64 * 2**20
+class Blocks(NamedTuple):
+    """How attention is cut on one kind of chip.
+
+    Attributes:
+      tile: queries and keys of a block.
+      forward, backward: the parts of a tile in the two passes.
+      vmem: bytes of fast memory that a kernel may take.
+    """
+
+    tile: tuple[int, int]
+    forward: Parts
+    backward: Parts
+    vmem: int = 64 * 2**20
+
+
+# Those with the fewest bundles for heads 128 wide: striate bench tpu-schedule. Assign to it to try others.
+BLOCKS = {
+    "v4": Blocks((1024, 1024), Parts(1024, 512, 1), Parts(512, 512, 1), vmem=16 * 2**20),
+    "v5e": Blocks((1024, 1024), Parts(256, 1024, 0), Parts(512, 512, 1)),
+    "v5p": Blocks((1024, 1024), Parts(256, 1024, 0), Parts(512, 512, 1)),
+    "v6e": Blocks((2048, 1024), Parts(512, 512, 1), Parts(256, 1024, 0)),
+    "tpu7x": Blocks((2048, 1024), Parts(512, 512, 1), Parts(256, 1024, 0)),
+}
+DEFAULT = Blocks((1024, 1024), Parts(512, 512, 1), Parts(256, 1024, 0))
+
+
+def blocks() -> Blocks:
+    """For the chip that the program is for."""
+    return BLOCKS.get(target(), DEFAULT)
 
 
 def in_parts(parts: Parts, q_tile: int, k_tile: int, first, second, third) -> None:
@@ -110,7 +131,7 @@ def _divisor(length: int, longest: int) -> int:
 
 
 def compiler_params(*semantics: str):
-    return pltpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=VMEM.get(target(), DEFAULT_VMEM))
+    return pltpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=blocks().vmem)
 
 
 def like(x: jax.Array) -> jax.ShapeDtypeStruct:
