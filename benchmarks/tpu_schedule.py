@@ -17,7 +17,6 @@ jax's splash has one body, which masks every tile where there is such a mask. Al
 from __future__ import annotations
 
 import argparse
-import importlib
 import importlib.metadata
 import importlib.util
 import itertools
@@ -32,7 +31,10 @@ import jax.numpy as jnp
 from rich.console import Console
 from rich.table import Table
 
+from striate.lib import masks
 from striate.lib.analysis.tpu_schedule import schedule_for
+from striate.lib.attention import attention
+from striate.pallas_kernels.tpu import parts
 
 RESULTS = Path(__file__).parent / "results" / "tpu-schedule.json"
 HEADS, LENGTH, TILE = 4, 8192, 1024
@@ -103,15 +105,20 @@ class Figure(NamedTuple):
     spills: float
 
 
-def ours(width: int) -> list[Case]:
-    """Our kernels, once there are any: `schedule_cases.cases(width)` yields the fields of a Case after `kernel`."""
-    try:
-        schedule_cases = importlib.import_module("striate.pallas_kernels.tpu.schedule_cases")
-    except ModuleNotFoundError as error:
-        if error.name and error.name.startswith("striate.pallas_kernels"):
-            return []
-        raise
-    return [Case(OURS, *fields) for fields in schedule_cases.cases(width)]
+def ours(chip: str, width: int) -> Iterator[Case]:
+    """Our programs, with the blocks that they have on that chip."""
+    q = jax.ShapeDtypeStruct((1, LENGTH, HEADS, width), jnp.bfloat16)
+    blocks = parts.BLOCKS[chip]
+
+    def attend(q, k, v):
+        return attention(q, k, v, mask=masks.causal(), implementation="pallas_tpu")
+
+    def gradients(q, k, v):
+        return jax.grad(lambda *qkv: attend(*qkv).astype(jnp.float32).sum(), (0, 1, 2))(q, k, v)
+
+    for direction, function, cut in zip(PASSES, (attend, gradients), (blocks.forward, blocks.backward), strict=True):
+        label = "{}x{} by {}x{}".format(*blocks.tile, cut.queries, cut.keys)
+        yield Case(OURS, label, function, (q, q, q), (direction,), blocks.tile, KINDS)
 
 
 def jax_splash(blocks: tuple[int, int, int], mask: str) -> Callable:
@@ -215,7 +222,7 @@ def best(figures: Iterable[Figure]) -> list[Figure]:
 
 
 def run(chip: str, width: int, everything: bool, console: Console) -> list[Figure]:
-    cases = [*ours(width), *rivals(chip, width, everything)]
+    cases = [*ours(chip, width), *rivals(chip, width, everything)]
     found = []
     with console.status("") as status:
         for index, case in enumerate(cases, 1):
