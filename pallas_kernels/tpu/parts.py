@@ -46,7 +46,7 @@ class Blocks(NamedTuple):
 
 # Those with the fewest bundles for heads 128 wide: striate bench tpu-schedule. Assign to it to try others.
 BLOCKS = {
-    "v4": Blocks((1024, 1024), Parts(1024, 512, 1), Parts(512, 512, 1), vmem=16 * 2**20),
+    "v4": Blocks((1024, 1024), Parts(1024, 512, 1), Parts(256, 1024, 0), vmem=16 * 2**20),
     "v5e": Blocks((1024, 1024), Parts(256, 1024, 0), Parts(512, 512, 1)),
     "v5p": Blocks((1024, 1024), Parts(256, 1024, 0), Parts(512, 512, 1)),
     "v6e": Blocks((2048, 1024), Parts(512, 512, 1), Parts(256, 1024, 0)),

@@ -72,3 +72,14 @@ def test_lists_of_a_million_tokens_fit():
     # 1024 x 1024 blocks are more than the memory of the scalar core holds at a time.
     shapes = arrays(2**20, heads=1, kv_heads=1)
     plan.compile_for("v5p:2x2x1", both_passes(masks.causal(), scores.plain()), *shapes)
+
+
+@pytest.mark.tpu
+def test_a_long_score_fits_the_smallest_memory():
+    score = scores.compose(
+        scores.temperature(np.ones(4, np.float32)),
+        scores.softcap(30.0),
+        scores.signed(),
+        scores.alibi(np.ones(4, np.float32)),
+    )
+    plan.compile_for("v4:2x2x1", both_passes(masks.causal(), score), *arrays(4096, kv_heads=4))
