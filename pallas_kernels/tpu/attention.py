@@ -24,7 +24,7 @@ from striate.pallas_kernels.tpu.steps import live_steps, over_segments
 
 @dataclass(frozen=True)
 class Kernel(Tiled):
-    """Attention by the kernels of this file."""
+    """Attention by the kernels of forward.py and backward.py."""
 
     interpret: ClassVar[Any] = False
 

@@ -27,13 +27,11 @@ TILE = 24
 LENGTH = 208
 # Reads every kind of field, keeps documents apart, and leaves queries that see nothing and keys that nobody sees.
 RULE = masks.parse("causal() & same('document') & (window(40) | sink(3)) | prefix() & same('document')")
-# Of the greatest magnitude (oracles.attention.magnitudes). float32: what the dense form does not do, and every form in
-# tiles does, is to scale sum and accumulator when the maximum grows and to add to both: four roundings of half a unit
-# in the last place (the factor's own error leaves their ratio as it is). For bfloat16 inputs a quarter of their unit,
-# since two factors of the products are rounded to it. Gradients start from exp(t - lse) with lse rounded to float32,
-# half a unit of |lse|, so they get as much more.
+# Of the greatest magnitude (oracles.attention.magnitudes): one unit in the last place of the float32 in which all is
+# accumulated; for bfloat16 inputs a quarter of their unit, since two factors of the products are rounded to it.
+# Gradients start from exp(t - lse) with lse rounded to float32, half a unit of |lse|, so they get as much more.
 UNIT = float(jnp.finfo(jnp.float32).eps)
-FLOOR = {"float32": 4 * UNIT / 2, "bfloat16": 0.25 * float(jnp.finfo(jnp.bfloat16).eps)}
+FLOOR = {"float32": 1.0 * UNIT, "bfloat16": 0.25 * float(jnp.finfo(jnp.bfloat16).eps)}
 
 
 class System(NamedTuple):
