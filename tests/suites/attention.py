@@ -30,6 +30,7 @@ RULE = masks.parse("causal() & same('document') & (window(40) | sink(3)) | prefi
 # Of the greatest magnitude (oracles.attention.magnitudes): one unit in the last place of the float32 in which all is
 # accumulated; for bfloat16 inputs a quarter of their unit, since two factors of the products are rounded to it.
 # Gradients start from exp(t - lse) with lse rounded to float32, half a unit of |lse|, so they get as much more.
+ORDERS = 8  # of the tokens, in which the dense reference is computed at most
 UNIT = float(jnp.finfo(jnp.float32).eps)
 FLOOR = {"float32": 1.0 * UNIT, "bfloat16": 0.25 * float(jnp.finfo(jnp.bfloat16).eps)}
 
@@ -153,27 +154,57 @@ def arrays(x: oracle.Truth) -> dict[str, np.ndarray]:
 def check_bound(system: System, mask: masks.Mask, problem: Problem, visible_BTS=None, tile=TILE) -> None:
     """error <= 2 x the error of the dense reference in the same dtype, plus the floor; for results and gradients."""
     visible_BTS = visible(mask, problem) if visible_BTS is None else visible_BTS
-    true = truth(visible_BTS, problem)
-    check_errors(solve(system, mask, problem, tile), solve(REFERENCE, mask, problem, tile), true, visible_BTS, problem)
+    true, sizes = truth(visible_BTS, problem), truth(visible_BTS, problem, oracle.magnitudes)
+    check_errors(solve(system, mask, problem, tile), true, sizes, problem, reference_errors(mask, problem, true))
 
 
 def check_score(system: System, mask: masks.Mask, case: score_oracle.Case, problem: Problem, shown, tile=TILE) -> None:
     """`check_bound` under a score, with the gradients of its parameters; `shown` is (B, T, S) or (B, H, T, S)."""
     shown, scale = oracle.by_head(shown), problem.q.shape[-1] ** -0.5
     true, sizes = (f(case, problem, shown, scale) for f in (score_oracle.attention, score_oracle.magnitudes))
-    got, reference = (solve(how, mask, problem, tile, case.score) for how in (system, REFERENCE))
-    check_errors(got, reference, true, shown, problem, sizes)
+    got, reference = solve(system, mask, problem, tile, case.score), reference_errors(mask, problem, true, case.score)
+    check_errors(got, true, sizes, problem, reference)
 
 
-def check_errors(got, reference, true, visible_BTS, problem: Problem, sizes=None) -> None:
-    allowed, floor = errors(reference, true), FLOOR[problem.q.dtype.name]
+def reference_errors(mask: masks.Mask, problem: Problem, true: oracle.Truth, score=PLAIN):
+    """The errors of the dense reference, in the natural order of the tokens and then in random ones.
+
+    The order in which a sum is added up decides its rounding: the error of one problem is a draw, which a layout or a
+    ring makes again. Over orders of the same keys it was seen to vary by a factor of 2.4.
+    """
+    rng = np.random.default_rng(0)
+    (_, length), (_, keys) = problem.q_tokens.shape, problem.k_tokens.shape
+    for number in range(ORDERS):
+        orders = [rng.permutation(n) if number else np.arange(n) for n in (length, keys)]
+
+        def ordered(named: NamedTuple, *of_queries, orders=orders):
+            sides = {name: orders[name not in of_queries] for name in named._fields if name != "d_score"}
+            taken = {n: jax.tree.map(lambda x, o=o: np.asarray(x)[:, o], getattr(named, n)) for n, o in sides.items()}
+            return named._replace(**taken)
+
+        got = solve(REFERENCE, mask, ordered(problem, "q", "q_tokens", "d_out", "d_lse"), score=score)
+        yield errors(got, ordered(true, "out", "lse", "dq"))
+
+
+def check_errors(got, true, sizes, problem: Problem, references) -> None:
+    """Of `references` only as many are computed as it takes."""
+    floor = FLOOR[problem.q.dtype.name]
     rounded_lse = UNIT / 2 * np.abs(true.lse, where=np.isfinite(true.lse), out=np.zeros(true.lse.shape)).max()
-    sizes = arrays(truth(visible_BTS, problem, oracle.magnitudes) if sizes is None else sizes)
-    for name, error in errors(got, true).items():
-        share = floor if name in ("out", "lse") else floor + rounded_lse
-        bound = 2 * allowed[name] + share * sizes[name].max()
+    found, sizes = errors(got, true), arrays(sizes)
+    share = {name: floor if name in ("out", "lse") else floor + rounded_lse for name in found}
+    greatest = dict.fromkeys(found, 0.0)
+    for reference in references:
+        greatest = {name: max(reference[name], greatest[name]) for name in found}
+        bound = {name: 2 * greatest[name] + share[name] * sizes[name].max() for name in found}
         # Written so that a NaN fails.
-        assert error <= bound, f"{name}: error {error:.3g}, allowed {bound:.3g} (reference: {allowed[name]:.3g})"
+        failed = [
+            f"{name}: error {found[name]:.3g}, allowed {bound[name]:.3g} (reference: {greatest[name]:.3g})"
+            for name in found
+            if not found[name] <= bound[name]
+        ]
+        if not failed:
+            return
+    raise AssertionError("; ".join(failed))
 
 
 def bits(x: np.ndarray) -> np.ndarray:
