@@ -5,18 +5,20 @@ One step of the grid is a live block of keys, rows on sublanes and keys on lanes
     S = Q' K^T     m' = max(m, rowmax S)     P = 2^(S - m')     l' = l 2^(m - m') + P     acc' = acc 2^(m - m') + P V
 
 m is kept once per lane, so that it meets S without a broadcast; l is kept as one sum for every lane, and the lanes are
-added up when a row is done. Carries (m, l, acc) come in and go out in float32, in place.
+added up when a row is done. `forward` takes carries (m, l, acc) and gives them back, in float32 and in place; `attend`
+starts from nothing and gives out and lse.
 """
 
 from __future__ import annotations
 
 import functools
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from striate.lib.tiles import Tiled
+from striate.lib.tiles import LOWEST, Tiled
 from striate.pallas_kernels.tpu.parts import (
     LANES,
     LN2,
@@ -39,6 +41,17 @@ from striate.pallas_kernels.tpu.steps import COLUMN, FIRST, LAST, LIVE, MASKED
 
 def forward(kernel: Tiled, names, score, row, code, count, q, k, v, query_fields, key_fields, carry):
     """One call: (m (B, H, 1, T), l (B, H, 1, T), acc (B, H, T, V)) with what the steps listed add to them."""
+    arrays = score, row, code, count, q, k, v, query_fields, key_fields
+    return _call(kernel, names, *arrays, carry, resume=True)
+
+
+def attend(kernel: Tiled, names, score, row, code, count, q, k, v, query_fields, key_fields, results):
+    """One call: (out (B, H, T, V), lse (B, H, 1, T)), those of the rows listed put into the ones given."""
+    arrays = score, row, code, count, q, k, v, query_fields, key_fields
+    return _call(kernel, names, *arrays, results, resume=False)
+
+
+def _call(kernel, names, score, row, code, count, q, k, v, query_fields, key_fields, results, resume: bool):
     (_, heads, length, width), (q_tile, k_tile) = q.shape, kernel.tile
     parts = blocks().forward.of(q_tile, k_tile)
     lanes, group, per_row = min(LANES, parts.keys), heads // k.shape[1], length // q_tile
@@ -54,7 +67,8 @@ def forward(kernel: Tiled, names, score, row, code, count, q, k, v, query_fields
         )
 
     leaves, specs, rebuild = parameters(score, heads, lambda h, i, row, code: (h, 0, 0))
-    carries = [of_row((1, q_tile), lambda q: (0, q))] * 2 + [of_row((q_tile, v.shape[3]), lambda q: (q, 0))]
+    number, array = of_row((1, q_tile), lambda q: (0, q)), of_row((q_tile, v.shape[3]), lambda q: (q, 0))
+    of_results = [number, number, array] if resume else [array, number]
     given = (q, k, v, query_fields, key_fields, *leaves)
     spec = pltpu.PrefetchScalarGridSpec(
         num_scalar_prefetch=2,
@@ -66,41 +80,71 @@ def forward(kernel: Tiled, names, score, row, code, count, q, k, v, query_fields
             pl.BlockSpec((None, len(names), q_tile), lambda h, i, row, code: (row[i] // per_row, 0, row[i] % per_row)),
             pl.BlockSpec((None, len(names), k_tile), lambda h, i, row, code: (row[i] // per_row, 0, code[i] // COLUMN)),
             *specs,
-            *carries,
+            *(of_results if resume else [pl.BlockSpec(memory_space=pl.ANY)] * 2),
         ],
-        out_specs=carries,
+        out_specs=of_results,
         scratch_shapes=[
             pltpu.VMEM((len(names), q_tile, lanes), jnp.int32),
             *[pltpu.VMEM((q_tile, lanes), jnp.float32)] * 2,
+            pltpu.VMEM((q_tile, v.shape[3]), jnp.float32),
         ],
     )
-    body = functools.partial(_step, kernel.mask, is_plain(score), rebuild, len(leaves), names, parts)
+    ends = (_resume, _pause) if resume else (_begin, _finish)
+    body = functools.partial(_step, kernel.mask, is_plain(score), rebuild, len(leaves), names, parts, *ends)
     return pl.pallas_call(
         body,
         grid_spec=spec,
-        out_shape=[like(x) for x in carry],
-        input_output_aliases={2 + len(given) + i: i for i in range(3)},
+        out_shape=[like(x) for x in results],
+        input_output_aliases={2 + len(given) + i: i for i in range(len(results))},
         interpret=kernel.interpret,
         compiler_params=compiler_params("parallel", "arbitrary"),
         name="striate_forward",
-    )(row, code, *given, *carry)
+    )(row, code, *given, *results)
 
 
-def _step(mask, plain, rebuild, leaf_count, names, parts, row_ref, code_ref, q_ref, k_ref, v_ref, *refs):
+class Sums(NamedTuple):
+    """What is gathered while a row lasts, in VMEM."""
+
+    m: Any  # (rows, lanes) greatest logit so far, in powers of two, the same in every lane
+    l: Any  # (rows, lanes) a sum for every lane
+    acc: Any  # (rows, V)
+
+
+def _begin(sums: Sums, *_):
+    sums.m[...] = jnp.full_like(sums.m, LOWEST)
+    sums.l[...], sums.acc[...] = jnp.zeros_like(sums.l), jnp.zeros_like(sums.acc)
+
+
+def _finish(sums: Sums, out, lse):
+    total = jnp.broadcast_to(sums.l[...].sum(1, keepdims=True), sums.l.shape)
+    seen = total > 0
+    total = jnp.where(seen, total, 1.0)
+    out[...] = (sums.acc[...] / spread(total, out.shape[1])).astype(out.dtype)
+    lse[...] = jnp.where(seen, LN2 * sums.m[...] + jnp.log(total), -jnp.inf).T[:1]
+
+
+def _resume(sums: Sums, m, l, acc):
+    lanes = sums.m.shape[1]
+    sums.m[...], sums.l[...] = LOG2E * column(m[...], lanes), column(l[...], lanes) / lanes
+    sums.acc[...] = acc[...]
+
+
+def _pause(sums: Sums, m, l, acc):
+    m[...], l[...] = LN2 * sums.m[...].T[:1], sums.l[...].T.sum(0, keepdims=True)
+    acc[...] = sums.acc[...]
+
+
+def _step(mask, plain, rebuild, leaf_count, names, parts, begin, end, row_ref, code_ref, q_ref, k_ref, v_ref, *refs):
     query_ref, key_ref, *refs = refs
-    leaf_refs, (m_in, l_in, acc_in, m_out, l_out, acc_ref, column_ref, m_ref, l_ref) = (
-        refs[:leaf_count],
-        refs[leaf_count:],
-    )
-    flags, lanes = code_ref[pl.program_id(1)] % COLUMN, m_ref.shape[1]
+    leaf_refs, (*results, column_ref, m_ref, l_ref, acc_ref) = refs[:leaf_count], refs[leaf_count:]
+    before, after = results[: len(results) // 2], results[len(results) // 2 :]
+    sums, flags, lanes = Sums(m_ref, l_ref, acc_ref), code_ref[pl.program_id(1)] % COLUMN, m_ref.shape[1]
 
     @pl.when(flags & FIRST != 0)
     def _():
         for number in range(len(names)):
             column_ref[number] = column(query_ref[number : number + 1], lanes)
-        m_ref[...] = LOG2E * column(m_in[...], lanes)
-        l_ref[...] = column(l_in[...], lanes) / lanes
-        acc_ref[...] = acc_in[...]
+        begin(sums, *before)
 
     def compute(masked: bool):
         score = rebuild([ref[...] for ref in leaf_refs])
@@ -131,7 +175,4 @@ def _step(mask, plain, rebuild, leaf_count, names, parts, row_ref, code_ref, q_r
     pl.when(flags & (LIVE | MASKED) == LIVE)(lambda: compute(masked=False))
     pl.when(flags & (LIVE | MASKED) == LIVE | MASKED)(lambda: compute(masked=True))
 
-    @pl.when(flags & LAST != 0)
-    def _():
-        m_out[...] = LN2 * m_ref[...].T[:1]
-        l_out[...] = l_ref[...].T.sum(0, keepdims=True)
+    pl.when(flags & LAST != 0)(lambda: end(sums, *after))
