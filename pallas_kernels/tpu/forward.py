@@ -12,6 +12,7 @@ starts from nothing and gives out and lse.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -52,47 +53,17 @@ def attend(kernel: Tiled, names, score, row, code, count, q, k, v, query_fields,
 
 
 def _call(kernel, names, score, row, code, count, q, k, v, query_fields, key_fields, results, resume: bool):
-    (_, heads, length, width), (q_tile, k_tile) = q.shape, kernel.tile
-    parts = blocks().forward.of(q_tile, k_tile)
-    lanes, group, per_row = min(LANES, parts.keys), heads // k.shape[1], length // q_tile
-
-    def of_row(shape, index):
-        return pl.BlockSpec(
-            (None, None, *shape), lambda h, i, row, code: (row[i] // per_row, h, *index(row[i] % per_row))
-        )
-
-    def of_keys(width):
-        return pl.BlockSpec(
-            (None, None, k_tile, width), lambda h, i, row, code: (row[i] // per_row, h // group, code[i] // COLUMN, 0)
-        )
-
-    leaves, specs, rebuild = parameters(score, heads, lambda h, i, row, code: (h, 0, 0))
-    number, array = of_row((1, q_tile), lambda q: (0, q)), of_row((q_tile, v.shape[3]), lambda q: (q, 0))
-    of_results = [number, number, array] if resume else [array, number]
-    given = (q, k, v, query_fields, key_fields, *leaves)
+    steps = Steps.of(kernel, names, score, q, k, v, resume)
+    given = (q, k, v, query_fields, key_fields, *steps.leaves)
     spec = pltpu.PrefetchScalarGridSpec(
         num_scalar_prefetch=2,
-        grid=(heads, count),
-        in_specs=[
-            of_row((q_tile, width), lambda q: (q, 0)),
-            of_keys(width),
-            of_keys(v.shape[3]),
-            pl.BlockSpec((None, len(names), q_tile), lambda h, i, row, code: (row[i] // per_row, 0, row[i] % per_row)),
-            pl.BlockSpec((None, len(names), k_tile), lambda h, i, row, code: (row[i] // per_row, 0, code[i] // COLUMN)),
-            *specs,
-            *(of_results if resume else [pl.BlockSpec(memory_space=pl.ANY)] * 2),
-        ],
-        out_specs=of_results,
-        scratch_shapes=[
-            pltpu.VMEM((len(names), q_tile, lanes), jnp.int32),
-            *[pltpu.VMEM((q_tile, lanes), jnp.float32)] * 2,
-            pltpu.VMEM((q_tile, v.shape[3]), jnp.float32),
-        ],
+        grid=(q.shape[1], count),
+        in_specs=[*steps.of_given, *(steps.of_results if resume else [pl.BlockSpec(memory_space=pl.ANY)] * 2)],
+        out_specs=steps.of_results,
+        scratch_shapes=steps.scratch_shapes,
     )
-    ends = (_resume, _pause) if resume else (_begin, _finish)
-    body = functools.partial(_step, kernel.mask, is_plain(score), rebuild, len(leaves), names, parts, *ends)
     return pl.pallas_call(
-        body,
+        steps.body,
         grid_spec=spec,
         out_shape=[like(x) for x in results],
         input_output_aliases={2 + len(given) + i: i for i in range(len(results))},
@@ -102,36 +73,82 @@ def _call(kernel, names, score, row, code, count, q, k, v, query_fields, key_fie
     )(row, code, *given, *results)
 
 
+class Steps(NamedTuple):
+    """A grid of (heads, steps listed): what a step does, and which blocks it reads and writes."""
+
+    body: Callable  # (row, code, blocks of what is given, of the results before and after, scratch)
+    leaves: list  # parameters of the score: given beside q, k, v, query_fields and key_fields
+    of_given: list[pl.BlockSpec]
+    of_results: list[pl.BlockSpec]
+    scratch_shapes: list
+
+    @classmethod
+    def of(cls, kernel: Tiled, names, score, q, k, v, resume: bool) -> Steps:
+        (_, heads, length, width), (q_tile, k_tile) = q.shape, kernel.tile
+        parts = blocks().forward.of(q_tile, k_tile)
+        lanes, group, per_row = min(LANES, parts.keys), heads // k.shape[1], length // q_tile
+
+        def of_row(shape, index):
+            return pl.BlockSpec(
+                (None, None, *shape), lambda h, i, row, code: (row[i] // per_row, h, *index(row[i] % per_row))
+            )
+
+        def of_keys(width):
+            return pl.BlockSpec(
+                (None, None, k_tile, width),
+                lambda h, i, row, code: (row[i] // per_row, h // group, code[i] // COLUMN, 0),
+            )
+
+        leaves, specs, rebuild = parameters(score, heads, lambda h, i, row, code: (h, 0, 0))
+        number, array = of_row((1, q_tile), lambda q: (0, q)), of_row((q_tile, v.shape[3]), lambda q: (q, 0))
+        of_given = [
+            of_row((q_tile, width), lambda q: (q, 0)),
+            of_keys(width),
+            of_keys(v.shape[3]),
+            pl.BlockSpec((None, len(names), q_tile), lambda h, i, row, code: (row[i] // per_row, 0, row[i] % per_row)),
+            pl.BlockSpec((None, len(names), k_tile), lambda h, i, row, code: (row[i] // per_row, 0, code[i] // COLUMN)),
+            *specs,
+        ]
+        scratch_shapes = [
+            pltpu.VMEM((len(names), q_tile, lanes), jnp.int32),
+            *[pltpu.VMEM((q_tile, lanes), jnp.float32)] * 2,
+            pltpu.VMEM((q_tile, v.shape[3]), jnp.float32),
+        ]
+        ends = (_resume, _pause) if resume else (_begin, _finish)
+        body = functools.partial(_step, kernel.mask, is_plain(score), rebuild, len(leaves), names, parts, *ends)
+        return cls(body, leaves, of_given, [number, number, array] if resume else [array, number], scratch_shapes)
+
+
 class Sums(NamedTuple):
     """What is gathered while a row lasts, in VMEM."""
 
-    m: Any  # (rows, lanes) greatest logit so far, in powers of two, the same in every lane
-    l: Any  # (rows, lanes) a sum for every lane
-    acc: Any  # (rows, V)
+    maximum: Any  # (rows, lanes), in powers of two, the same in every lane
+    total: Any  # (rows, lanes), a sum for every lane
+    weighted: Any  # (rows, V)
 
 
 def _begin(sums: Sums, *_):
-    sums.m[...] = jnp.full_like(sums.m, LOWEST)
-    sums.l[...], sums.acc[...] = jnp.zeros_like(sums.l), jnp.zeros_like(sums.acc)
+    sums.maximum[...] = jnp.full_like(sums.maximum, LOWEST)
+    sums.total[...], sums.weighted[...] = jnp.zeros_like(sums.total), jnp.zeros_like(sums.weighted)
 
 
 def _finish(sums: Sums, out, lse):
-    total = jnp.broadcast_to(sums.l[...].sum(1, keepdims=True), sums.l.shape)
+    total = jnp.broadcast_to(sums.total[...].sum(1, keepdims=True), sums.total.shape)
     seen = total > 0
     total = jnp.where(seen, total, 1.0)
-    out[...] = (sums.acc[...] / spread(total, out.shape[1])).astype(out.dtype)
-    lse[...] = jnp.where(seen, LN2 * sums.m[...] + jnp.log(total), -jnp.inf).T[:1]
+    out[...] = (sums.weighted[...] / spread(total, out.shape[1])).astype(out.dtype)
+    lse[...] = jnp.where(seen, LN2 * sums.maximum[...] + jnp.log(total), -jnp.inf).T[:1]
 
 
-def _resume(sums: Sums, m, l, acc):
-    lanes = sums.m.shape[1]
-    sums.m[...], sums.l[...] = LOG2E * column(m[...], lanes), column(l[...], lanes) / lanes
-    sums.acc[...] = acc[...]
+def _resume(sums: Sums, maximum, total, weighted):
+    lanes = sums.maximum.shape[1]
+    sums.maximum[...], sums.total[...] = LOG2E * column(maximum[...], lanes), column(total[...], lanes) / lanes
+    sums.weighted[...] = weighted[...]
 
 
-def _pause(sums: Sums, m, l, acc):
-    m[...], l[...] = LN2 * sums.m[...].T[:1], sums.l[...].T.sum(0, keepdims=True)
-    acc[...] = sums.acc[...]
+def _pause(sums: Sums, maximum, total, weighted):
+    maximum[...], total[...] = LN2 * sums.maximum[...].T[:1], sums.total[...].T.sum(0, keepdims=True)
+    weighted[...] = sums.weighted[...]
 
 
 def _step(mask, plain, rebuild, leaf_count, names, parts, begin, end, row_ref, code_ref, q_ref, k_ref, v_ref, *refs):
