@@ -18,7 +18,7 @@ from striate.lib import masks, scores
 from striate.lib.blockwise import Blockwise
 from striate.lib.errors import UserError
 from striate.lib.scores import Score
-from striate.lib.tiles import LOWEST, Partial, Task, Tiled, natural, vary_alike
+from striate.lib.tiles import LOWEST, Task, Tiled, natural, vary_alike
 from striate.lib.tokens import Tokens
 from striate.pallas_kernels.tpu.chips import target
 
@@ -35,7 +35,10 @@ class Parallel(Protocol):
         """(out (B, T, H, V) in the dtype of v, lse float32 (B, T, H))."""
 
     def backward(self, task, score, q_BTHD, k_BSKD, v_BSKV, q_tokens, k_tokens, d_out, lse, delta):
-        """(d_score, dq, dk, dv), all float32; lse and delta (B, T, H) as the algebra of lib/blockwise.py has them."""
+        """(d_score, dq, dk, dv), float32 or in the dtype of the arrays.
+
+        lse and delta are (B, T, H), as the algebra of lib/blockwise.py has them.
+        """
 
 
 def attention(
@@ -180,7 +183,13 @@ def _heads(x, members: list[int], axis: int = 2):
 
 @dataclass(frozen=True)
 class Local:
-    """Each device attends to what it holds: the blockwise form as it is."""
+    """Each device attends to what it holds.
+
+    Attributes:
+      gradients: dtype of dk and dv; None for that of the keys.
+    """
+
+    gradients: jnp.dtype | None = None
 
     def for_tokens(self, mask, q_tokens, k_tokens):
         return self
@@ -191,8 +200,7 @@ class Local:
         q = problem.queries(q_BTHD, kv_heads)
         k, v = (problem.keys_or_values(x) for x in (k_BSKD, v_BSKV))
         sides = problem.sides(score, q_tokens, k_tokens)
-        partial = Partial.empty(q, v.shape[-1])
-        out, lse = problem.forward(score, q, k, v, *sides, partial).finish(score.normalised)
+        out, lse = problem.attend(score, q, k, v, *sides)
         return natural(out, length).astype(v_BSKV.dtype), natural(lse, length)
 
     def backward(self, task, score, q_BTHD, k_BSKD, v_BSKV, q_tokens, k_tokens, d_out, lse, delta):
@@ -204,10 +212,9 @@ class Local:
         )
         k, v = (problem.keys_or_values(x) for x in (k_BSKD, v_BSKV))
         sides = problem.sides(score, q_tokens, k_tokens)
-        sums = problem.empty_sums(score, q)
-        sums, dk, dv = problem.backward(score, q, k, v, d_out, lse, delta, *sides, sums)
-        dq = natural(problem.finish_dq(sums[0], q), length)
-        return sums[1], dq, dk[:, :, :keys].swapaxes(1, 2), dv[:, :, :keys].swapaxes(1, 2)
+        dtype = self.gradients or k.dtype
+        d_score, dq, dk, dv = problem.gradients(score, q, k, v, d_out, lse, delta, *sides, dtype)
+        return d_score, natural(dq, length), dk[:, :, :keys].swapaxes(1, 2), dv[:, :, :keys].swapaxes(1, 2)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

@@ -108,6 +108,11 @@ class Tiled:
         """Adds the keys k, v to `partial`. q as in `queries`; lengths are multiples of the tile."""
         raise NotImplementedError
 
+    def attend(self, score: Score, q, k, v, query_fields, key_fields) -> tuple[jax.Array, jax.Array]:
+        """(out (B, K, G, T, V), lse float32 (B, K, G, T)) where these are all the keys. Arguments as in `forward`."""
+        partial = Partial.empty(q, v.shape[-1])
+        return self.forward(score, q, k, v, query_fields, key_fields, partial).finish(score.normalised)
+
     def empty_sums(self, score: Score, q: jax.Array):
         """What `backward` adds to: the gradients of q, in a form of the subclass, and of the score, float32."""
         raise NotImplementedError
@@ -122,6 +127,15 @@ class Tiled:
     def finish_dq(self, sum_of_dq: jax.Array, q: jax.Array) -> jax.Array:
         """The gradient of the queries as they were before `queries` scaled them, heads-major like q."""
         raise NotImplementedError
+
+    def gradients(self, score: Score, q, k, v, d_out, lse, delta, query_fields, key_fields, dtype):
+        """(d_score, dq, dk, dv) where these are all the pairs, dk and dv in `dtype`, the others float32.
+
+        Arguments as in `backward`; dq is that of the queries before `queries` scaled them.
+        """
+        arrays = score, q, k, v, d_out, lse, delta, query_fields, key_fields
+        (dq, d_score), dk, dv = self.backward(*arrays, self.empty_sums(score, q))
+        return d_score, self.finish_dq(dq, q), dk.astype(dtype), dv.astype(dtype)
 
     def _side(self, score: Score, tokens: Mapping, side: int) -> dict[str, jax.Array]:
         position, tile = tokens["position"], self.tile[side]

@@ -36,18 +36,30 @@ class Kernel(Tiled):
         return self.rows((self.scale * LOG2E * q_BTHD.astype(jnp.float32)).astype(q_BTHD.dtype), kv_heads)
 
     def forward(self, score, q, k, v, query_fields, key_fields, partial):
+        maximum, total, weighted = map(_flatten, partial)
+        carry = maximum[:, :, None], total[:, :, None], weighted
+        done = self._over_rows(forward.forward, score, q, k, v, query_fields, key_fields, carry)
+        return Partial(*(x.reshape(like.shape) for x, like in zip(done, partial, strict=True)))
+
+    def attend(self, score, q, k, v, query_fields, key_fields):
+        if not score.normalised:
+            return super().attend(score, q, k, v, query_fields, key_fields)
+        (batch, heads, group, length, _), width = q.shape, v.shape[-1]
+        nothing = zeros((batch, heads * group, length, width), q).astype(v.dtype)
+        unseen = zeros((batch, heads * group, 1, length), q) - jnp.inf
+        arrays = score, q, k, v, query_fields, key_fields
+        out, lse = self._over_rows(forward.attend, *arrays, (nothing, unseen))
+        return out.reshape(*q.shape[:-1], width), lse.reshape(q.shape[:-1])
+
+    def _over_rows(self, function, score, q, k, v, query_fields, key_fields, results):
         steps = live_steps(self.verdicts(query_fields, key_fields))
         names, query_fields, key_fields = self._fields(score, query_fields, key_fields)
-        flat, (maximum, total, weighted) = _flatten(q), map(_flatten, partial)
-        carry = maximum[:, :, None], total[:, :, None], weighted
+        flat, kernel = _flatten(q), _one_at_a_time(function, self, names)
 
-        kernel = _one_at_a_time(forward.forward, self, names)
+        def call(row, code, count, results):
+            return kernel(score, row, code, count, flat, k, v, query_fields, key_fields, results)
 
-        def call(row, code, count, carry):
-            return kernel(score, row, code, count, flat, k, v, query_fields, key_fields, carry)
-
-        done = over_segments(steps, call, carry)
-        return Partial(*(x.reshape(like.shape) for x, like in zip(done, partial, strict=True)))
+        return over_segments(steps, call, results)
 
     def empty_sums(self, score, q):
         return zeros(q.shape, q), jax.tree.map(lambda x: zeros(x.shape, q), score)
@@ -56,13 +68,21 @@ class Kernel(Tiled):
         return self.scale * sum_of_dq
 
     def backward(self, score, q, k, v, d_out, lse, delta, query_fields, key_fields, sums):
+        return self._backward(score, q, k, v, d_out, lse, delta, query_fields, key_fields, sums, jnp.float32)
+
+    def gradients(self, score, q, k, v, d_out, lse, delta, query_fields, key_fields, dtype):
+        arrays = score, q, k, v, d_out, lse, delta, query_fields, key_fields
+        (dq, d_score), dk, dv = self._backward(*arrays, self.empty_sums(score, q), dtype)
+        return d_score, self.finish_dq(dq, q), dk, dv
+
+    def _backward(self, score, q, k, v, d_out, lse, delta, query_fields, key_fields, sums, dtype):
         steps = live_steps(self.verdicts(query_fields, key_fields).swapaxes(1, 2))
         names, query_fields, key_fields = self._fields(score, query_fields, key_fields)
         # A row that sees nothing has lse = -inf; its logits are all -inf, and exp(-inf - 0) = 0 is what is meant.
         lse = LOG2E * jnp.where(jnp.isfinite(lse), lse, 0.0)
         rows = _flatten(q), _flatten(d_out), _flatten(lse)[:, :, None], _flatten(delta)[:, :, None]
         dq, d_score = sums
-        carry = _flatten(dq), zeros(k.shape, q), zeros(v.shape, q), d_score
+        carry = _flatten(dq), zeros(k.shape, q).astype(dtype), zeros(v.shape, q).astype(dtype), d_score
 
         kernel = _one_at_a_time(backward.backward, self, names)
 

@@ -44,7 +44,11 @@ from striate.pallas_kernels.tpu.steps import COLUMN, FIRST, LAST, LIVE, MASKED
 
 
 def backward(kernel: Tiled, names, score, row, code, count, q, d_out, lse, delta, k, v, *rest):
-    """One call: (dq, dk, dv, the gradients of the score) with what the steps listed add to them."""
+    """One call, `rest` ending in (dq, dk, dv, the gradients of the score): these with what the steps listed give.
+
+    That is added to dq and to those of the score, and put into dk and dv, whose dtype is free: a block of keys has all
+    its steps in one call.
+    """
     query_fields, key_fields, (*gradients, d_score) = rest
     (_, heads, _, width), (q_tile, k_tile), kv_heads = q.shape, kernel.tile, k.shape[1]
     parts = blocks().backward.of(q_tile, k_tile)
@@ -88,6 +92,8 @@ def backward(kernel: Tiled, names, score, row, code, count, q, d_out, lse, delta
         out_specs=[in_place, of_keys(width), of_keys(v.shape[3]), *of_shares],
         scratch_shapes=[
             pltpu.VMEM((len(names), k_tile, lanes), jnp.int32),
+            pltpu.VMEM((k_tile, width), jnp.float32),
+            pltpu.VMEM((k_tile, v.shape[3]), jnp.float32),
             *Gathered.scratch_shapes((q_tile, width)),
         ],
     )
@@ -107,8 +113,8 @@ def backward(kernel: Tiled, names, score, row, code, count, q, d_out, lse, delta
 
 def _step(mask, plain, rebuild, leaf_count, names, parts, per_row, row_ref, code_ref, *refs):
     q_ref, d_out_ref, lse_ref, delta_ref, k_ref, v_ref, query_ref, key_ref, *refs = refs
-    leaf_refs, (_, _, _, dq_hbm, dk_ref, dv_ref, *refs) = refs[:leaf_count], refs[leaf_count:]
-    share_refs, (column_ref, *gathered) = refs[:leaf_count], refs[leaf_count:]
+    leaf_refs, (_, _, _, dq_hbm, dk_out, dv_out, *refs) = refs[:leaf_count], refs[leaf_count:]
+    share_refs, (column_ref, dk_ref, dv_ref, *gathered) = refs[:leaf_count], refs[leaf_count:]
     step, member = pl.program_id(1), pl.program_id(2)
     steps, group = pl.num_programs(1), pl.num_programs(2)
     flags = code_ref[step] % COLUMN
@@ -172,6 +178,7 @@ def _step(mask, plain, rebuild, leaf_count, names, parts, per_row, row_ref, code
 
     @pl.when((flags & LAST != 0) & (member == group - 1))
     def _():
-        dk_ref[...] *= LN2
+        dk_out[...] = (LN2 * dk_ref[...]).astype(dk_out.dtype)
+        dv_out[...] = dv_ref[...].astype(dv_out.dtype)
 
     dq.leave(place(0), place(1), end)
