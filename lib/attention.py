@@ -22,7 +22,8 @@ from striate.lib.tiles import LOWEST, Task, Tiled, natural, vary_alike
 from striate.lib.tokens import Tokens
 from striate.pallas_kernels.tpu.chips import target
 
-IMPLEMENTATIONS = ("reference", "xla", "pallas_tpu", "pallas_tpu_interpret", "pallas_gpu")
+IMPLEMENTATIONS = ("reference", "xla", "pallas_tpu", "pallas_tpu_fused", "pallas_gpu")
+IMPLEMENTATIONS += ("pallas_tpu_interpret", "pallas_tpu_fused_interpret")  # the programs of the kernels, on any device
 
 
 class Parallel(Protocol):
@@ -69,7 +70,8 @@ def attention(
       k_tokens: Tokens of the keys; None is q_tokens, where length == key length.
       scale: factor of the logits; None is head_dim ** -0.5.
       implementation: None (best for the device), "reference", "xla", "pallas_tpu", or several to try in turn.
-        "pallas_tpu_interpret" runs the program of the TPU kernel on any device, slowly.
+        "pallas_tpu_fused", with parallel=Ring(...), goes around the ring in one kernel. "pallas_tpu_interpret" and
+        "pallas_tpu_fused_interpret" run these programs on any device, slowly.
       parallel: how the sequence crosses devices (striate.parallel); None leaves it on each device.
       return_lse: also return the log-sum-exp of the visible logits.
 
@@ -305,8 +307,10 @@ def _choose(implementation, parallel) -> str:
             raise UserError(f"implementation {name!r} is not known; there are {', '.join(map(repr, IMPLEMENTATIONS))}.")
         if name == "pallas_gpu":
             reasons.append(f"{name!r} has no kernel yet")
-        elif name == "pallas_tpu" and chip is None:
-            reasons.append(f"{name!r} is for TPUs, and this program is not ('pallas_tpu_interpret' runs anywhere)")
+        elif name in ("pallas_tpu", "pallas_tpu_fused") and chip is None:
+            reasons.append(f"{name!r} is for TPUs, and this program is not ('{name}_interpret' runs anywhere)")
+        elif "fused" in name and not getattr(parallel, "rings", False):
+            reasons.append(f"{name!r} is for parallel=Ring(...)")
         elif name == "reference" and parallel is not None:
             reasons.append(f"'reference' is for one device and does not run under {type(parallel).__name__}")
         else:
@@ -319,6 +323,10 @@ def _tiled(name: str) -> type[Tiled]:
     if name == "xla":
         return Blockwise
     # Imported when asked for: Pallas takes a moment.
+    if "fused" in name:
+        from striate.pallas_kernels.tpu.ring import Fused, FusedInterpreted
+
+        return FusedInterpreted if name.endswith("interpret") else Fused
     from striate.pallas_kernels.tpu.attention import Interpreted, Kernel
 
     return Interpreted if name == "pallas_tpu_interpret" else Kernel

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -56,7 +56,10 @@ class Tiled:
       mask: where padding is needed, it hides that too.
       scale: factor of the logits.
       tile: lengths of a block of queries and of a block of keys.
+      fused: whether it has `ring_forward`, a pass around a ring as one program.
     """
+
+    fused: ClassVar[bool] = False
 
     mask: masks.Mask
     scale: float
@@ -112,6 +115,10 @@ class Tiled:
         """(out (B, K, G, T, V), lse float32 (B, K, G, T)) where these are all the keys. Arguments as in `forward`."""
         partial = Partial.empty(q, v.shape[-1])
         return self.forward(score, q, k, v, query_fields, key_fields, partial).finish(score.normalised)
+
+    def ring_forward(self, axis: str, shards: int, farthest: int, score: Score, q, k, v, query_fields, key_fields):
+        """As `forward`, from nothing, over the keys of the devices of a mesh axis at offsets 0 to the farthest."""
+        raise NotImplementedError
 
     def empty_sums(self, score: Score, q: jax.Array):
         """What `backward` adds to: the gradients of q, in a form of the subclass, and of the score, float32."""

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +40,8 @@ class Ring(SequenceParallel):
         are known before the program runs (`for_tokens`), else all of them. What is given is checked as the program
         runs: where other offsets had work, the output is NaN.
     """
+
+    rings: ClassVar[bool] = True  # what implementations of whole passes around a ring are for
 
     offsets: tuple[int, ...] | None = None
 
@@ -64,7 +67,12 @@ class Ring(SequenceParallel):
         q = problem.queries(q, kv_heads)
         query_fields, key_fields = problem.sides(score, query_fields, key_fields)
         block = self._key_block(problem, k, v, key_fields)
+        partial = (self._fused if problem.fused else self._forward)(problem, score, q, block, query_fields)
+        out, lse = partial.finish(score.normalised)
+        out = jnp.where(missed, jnp.nan, natural(out, length))
+        return out.astype(out_dtype), natural(lse, length)
 
+    def _forward(self, problem, score, q, block, query_fields) -> Partial:
         def attend(block, partial):
             k, v, key_fields = block
             return problem.forward(score, q, k, v, query_fields, key_fields, partial)
@@ -74,12 +82,15 @@ class Ring(SequenceParallel):
             arriving = self._hop(block, hop)
             return arriving, attend(block, partial)
 
-        partial = Partial.empty(q, v.shape[-1])
+        partial = Partial.empty(q, block[1].shape[-1])
         first, *hops = self._hops
         block, partial = _in_runs(step, hops, (self._hop(block, first), partial))
-        out, lse = attend(block, partial).finish(score.normalised)
-        out = jnp.where(missed, jnp.nan, natural(out, length))
-        return out.astype(out_dtype), natural(lse, length)
+        return attend(block, partial)
+
+    def _fused(self, problem, score, q, block, query_fields) -> Partial:
+        k, v, key_fields = block
+        farthest = self.shards - 1 if self.offsets is None else max(self.offsets, default=0)
+        return problem.ring_forward(self.axis, self.shards, farthest, score, q, k, v, query_fields, key_fields)
 
     def shard_backward(self, task, score, q, k, v, query_fields, key_fields, d_out, lse, delta):
         kv_heads, (length, keys) = k.shape[2], (q.shape[1], k.shape[1])

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -95,6 +96,8 @@ class RingUlysses(Ulysses):
     For meshes whose links differ: `axis` where they are fast, `ring_axis` where they are slow. A layout has as many
     shards as both axes together.
     """
+
+    rings: ClassVar[bool] = True
 
     ring_axis: str = "ring"
 

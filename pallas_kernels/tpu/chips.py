@@ -20,10 +20,15 @@ def target() -> str | None:
     Where a mesh was set (`jax.sharding.use_abstract_mesh`, jax.shard_map) it says, which serves to compile ahead of
     time on a machine without a TPU; else the default device.
     """
-    described = jax.sharding.get_abstract_mesh().abstract_device
-    if described is not None:
-        platform, kind = described.platform, described.device_kind
-    else:
-        device = jax.devices()[0]
-        platform, kind = device.platform, device.device_kind
-    return NAMES.get(kind, kind) if platform == "tpu" else None
+    device = _device()
+    kind = device.device_kind
+    return NAMES.get(kind, kind) if device.platform == "tpu" else None
+
+
+def cores() -> int:
+    """How many tensor cores are one device of that chip: 2 on v4 and v5p."""
+    return _device().num_cores or 1
+
+
+def _device():
+    return jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
