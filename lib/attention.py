@@ -36,10 +36,7 @@ class Parallel(Protocol):
         """(out (B, T, H, V) in the dtype of v, lse float32 (B, T, H))."""
 
     def backward(self, task, score, q_BTHD, k_BSKD, v_BSKV, q_tokens, k_tokens, d_out, lse, delta):
-        """(d_score, dq, dk, dv), float32 or in the dtype of the arrays.
-
-        lse and delta are (B, T, H), as the algebra of lib/blockwise.py has them.
-        """
+        """(d_score, dq, dk, dv); lse and delta (B, T, H) as the algebra of lib/blockwise.py has them."""
 
 
 def attention(
@@ -185,20 +182,14 @@ def _heads(x, members: list[int], axis: int = 2):
 
 @dataclass(frozen=True)
 class Local:
-    """Each device attends to what it holds.
-
-    Attributes:
-      gradients: dtype of dk and dv; None for that of the keys.
-    """
-
-    gradients: jnp.dtype | None = None
+    """Each device attends to what it holds."""
 
     def for_tokens(self, mask, q_tokens, k_tokens):
         return self
 
     def forward(self, task, score, q_BTHD, k_BSKD, v_BSKV, q_tokens, k_tokens):
         kv_heads, length = k_BSKD.shape[2], q_BTHD.shape[1]
-        problem = task.plan(q_BTHD.shape[2], length, k_BSKD.shape[1])
+        problem = task.plan_attend(q_BTHD, k_BSKD)
         q = problem.queries(q_BTHD, kv_heads)
         k, v = (problem.keys_or_values(x) for x in (k_BSKD, v_BSKV))
         sides = problem.sides(score, q_tokens, k_tokens)
@@ -214,7 +205,7 @@ class Local:
         )
         k, v = (problem.keys_or_values(x) for x in (k_BSKD, v_BSKV))
         sides = problem.sides(score, q_tokens, k_tokens)
-        dtype = self.gradients or k.dtype
+        dtype = task.gradients or k.dtype
         d_score, dq, dk, dv = problem.gradients(score, q, k, v, d_out, lse, delta, *sides, dtype)
         return d_score, natural(dq, length), dk[:, :, :keys].swapaxes(1, 2), dv[:, :, :keys].swapaxes(1, 2)
 

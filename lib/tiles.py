@@ -74,6 +74,11 @@ class Tiled:
         return cls(mask, scale, tile)
 
     @classmethod
+    def plan_attend(cls, mask: masks.Mask, scale: float, q_BTHD: jax.Array, k_BSKD: jax.Array) -> Tiled:
+        """For `attend` alone: another form may suit the forward pass of few queries."""
+        return cls.plan(mask, scale, q_BTHD.shape[2], q_BTHD.shape[1], k_BSKD.shape[1])
+
+    @classmethod
     def choose_tile(cls, mask: masks.Mask, heads: int, length: int, keys: int) -> tuple[int, int]:
         raise NotImplementedError
 
@@ -136,13 +141,13 @@ class Tiled:
         raise NotImplementedError
 
     def gradients(self, score: Score, q, k, v, d_out, lse, delta, query_fields, key_fields, dtype):
-        """(d_score, dq, dk, dv) where these are all the pairs, dk and dv in `dtype`, the others float32.
+        """(d_score float32, dq, dk, dv in `dtype`) where these are all the pairs.
 
         Arguments as in `backward`; dq is that of the queries before `queries` scaled them.
         """
         arrays = score, q, k, v, d_out, lse, delta, query_fields, key_fields
         (dq, d_score), dk, dv = self.backward(*arrays, self.empty_sums(score, q))
-        return d_score, self.finish_dq(dq, q), dk.astype(dtype), dv.astype(dtype)
+        return d_score, *(x.astype(dtype) for x in (self.finish_dq(dq, q), dk, dv))
 
     def _side(self, score: Score, tokens: Mapping, side: int) -> dict[str, jax.Array]:
         position, tile = tokens["position"], self.tile[side]
@@ -152,14 +157,22 @@ class Tiled:
 
 
 class Task(NamedTuple):
-    """What attention does to its arrays, whatever these are and wherever they lie. Static."""
+    """What attention does to its arrays, whatever these are and wherever they lie. Static.
+
+    Attributes:
+      gradients: dtype of dq, dk and dv; None for that of q, k and v. Who adds them up further asks for float32.
+    """
 
     mask: masks.Mask
     scale: float
     tiled: type[Tiled]
+    gradients: jnp.dtype | None = None
 
     def plan(self, heads: int, length: int, keys: int) -> Tiled:
         return self.tiled.plan(self.mask, self.scale, heads, length, keys)
+
+    def plan_attend(self, q_BTHD: jax.Array, k_BSKD: jax.Array) -> Tiled:
+        return self.tiled.plan_attend(self.mask, self.scale, q_BTHD, k_BSKD)
 
 
 def natural(x_BKGTD: jax.Array, length: int) -> jax.Array:

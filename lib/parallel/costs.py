@@ -9,8 +9,9 @@ value, U devices that heads are dealt to and R = N / U devices around a ring:
     Ulysses      all live tiles / N                     (2 H + 2 L) c D e (U - 1) / U     2 c L D e
     RingUlysses  that of a Ring of R shards, / U        both of the above, L for K        2 slots of 2 c L D e
 
-with L = lcm(K, U), as key/value heads are repeated until they can be dealt. Backward, keys and values move again, and
-their gradients in float32. A ring visits only the offsets at which some device has work, and a hop hides behind the
+with L = lcm(K, U), as key/value heads are repeated until they can be dealt. A ring that is gone around several times,
+with a share of the heads each, holds a share of these bytes (`rounds_that_pay`). Backward, keys and values move again,
+and their gradients in float32. A ring visits only the offsets at which some device has work, and a hop hides behind the
 work of its step; a gather or an exchange hides behind nothing.
 """
 
@@ -27,6 +28,7 @@ from jax.sharding import Mesh
 
 from striate.lib.layouts.work import at_step
 from striate.lib.parallel.gather import AllGather
+from striate.lib.parallel.ring import rounds_that_pay
 from striate.lib.parallel.sharding import SequenceParallel
 from striate.lib.parallel.ulysses import RingUlysses
 
@@ -196,6 +198,7 @@ def _around(problem: Problem, live: np.ndarray, dealt: int, hardware: Hardware) 
     block, gradients = (problem.values(2 * kv_heads) * size for size in (problem.itemsize, FLOAT32))
     forward = problem.values(2 * problem.heads + 2 * kv_heads) * problem.itemsize
     backward = forward + problem.values(problem.heads + 2 * kv_heads) * FLOAT32
+    rounds = rounds_that_pay(problem.heads // dealt, kv_heads // dealt, *(problem.length // ring,) * 2)
     seconds = hardware.exchange(forward, dealt)
     seconds += way.seconds(steps * problem.seconds(FORWARD, hardware), block, 0, hardware)
     if problem.backward:
@@ -208,7 +211,7 @@ def _around(problem: Problem, live: np.ndarray, dealt: int, hardware: Hardware) 
         offsets=way.offsets,
         hops=way.key_hops,
         sent=(share * forward + around, sent_back * problem.backward),
-        held=(2 if way.key_hops else 1) * (block + gradients * problem.backward),
+        held=(2 if way.key_hops else 1) * (block + gradients * problem.backward) / (rounds if ring > 1 else 1),
         seconds=seconds,
     )
 

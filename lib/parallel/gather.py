@@ -25,7 +25,7 @@ class AllGather(SequenceParallel):
     def shard_backward(self, task, score, q, k, v, query_fields, key_fields, d_out, lse, delta):
         k, v, key_fields = self._gather((k, v, key_fields))
         arrays = q, k, v, query_fields, key_fields, d_out, lse, delta
-        d_score, dq, dk, dv = Local(jnp.float32).backward(task, score, *arrays)
+        d_score, dq, dk, dv = Local().backward(task._replace(gradients=jnp.float32), score, *arrays)
         dk, dv = (jax.lax.psum_scatter(x, self.axis, scatter_dimension=1, tiled=True) for x in (dk, dv))
         return d_score, dq, dk, dv
 

@@ -25,9 +25,11 @@ import numpy as np
 from striate.lib.errors import UserError
 from striate.lib.masks import NONE, Mask
 from striate.lib.parallel.sharding import SequenceParallel
-from striate.lib.tiles import Partial, natural
+from striate.lib.tiles import Partial, natural, zeros
 from striate.lib.tokens import Tokens
 
+# Of a step, for all heads of a round: some tenths of a millisecond of a TPU, which hide how the keys of a round travel.
+LOGITS = 2**27
 RUNS = 256  # of tokens, in which each shard is summarised to find where it has work
 
 
@@ -39,11 +41,14 @@ class Ring(SequenceParallel):
       offsets: those that are visited, ascending; None for those at which some device has work, as far as the Tokens
         are known before the program runs (`for_tokens`), else all of them. What is given is checked as the program
         runs: where other offsets had work, the output is NaN.
+      rounds: how often the ring is gone around, each time with a share of the heads: what is in memory beside the
+        arrays themselves is divided by that. None for as many as leave a step enough work (`rounds_that_pay`).
     """
 
     rings: ClassVar[bool] = True  # what implementations of whole passes around a ring are for
 
     offsets: tuple[int, ...] | None = None
+    rounds: int | None = None
 
     def __post_init__(self):
         super().__post_init__()
@@ -61,6 +66,21 @@ class Ring(SequenceParallel):
         return replace(self, offsets=live_offsets(mask, q_tokens, k_tokens, self.shards))
 
     def shard_forward(self, task, score, q, k, v, query_fields, key_fields):
+        def attend(score, *arrays):
+            return (), self._forward_round(task, score, *arrays, query_fields, key_fields)
+
+        return _in_rounds(self._rounds(q, k), attend, score, (q, k, v))[1]
+
+    def shard_backward(self, task, score, q, k, v, query_fields, key_fields, d_out, lse, delta):
+        def gradients(score, q, k, v, *rows):
+            d_score, *arrays = self._backward_round(task, score, q, k, v, query_fields, key_fields, *rows)
+            wanted = (task.gradients or x.dtype for x in (q, k, v))
+            return d_score, tuple(x.astype(dtype) for x, dtype in zip(arrays, wanted, strict=True))
+
+        d_score, arrays = _in_rounds(self._rounds(q, k), gradients, score, (q, k, v, d_out, lse, delta))
+        return d_score, *arrays
+
+    def _forward_round(self, task, score, q, k, v, query_fields, key_fields):
         kv_heads, length = k.shape[2], q.shape[1]
         problem = task.plan(q.shape[2], length, k.shape[1])
         out_dtype, missed = v.dtype, self._missed(task.mask, query_fields, key_fields)
@@ -92,7 +112,7 @@ class Ring(SequenceParallel):
         farthest = self.shards - 1 if self.offsets is None else max(self.offsets, default=0)
         return problem.ring_forward(self.axis, self.shards, farthest, score, q, k, v, query_fields, key_fields)
 
-    def shard_backward(self, task, score, q, k, v, query_fields, key_fields, d_out, lse, delta):
+    def _backward_round(self, task, score, q, k, v, query_fields, key_fields, d_out, lse, delta):
         kv_heads, (length, keys) = k.shape[2], (q.shape[1], k.shape[1])
         problem = task.plan(q.shape[2], length, keys)
         rows = tuple(problem.rows(x, kv_heads) for x in (d_out, lse, delta))
@@ -125,6 +145,17 @@ class Ring(SequenceParallel):
         dk, dv = (x[:, :, :keys].swapaxes(1, 2) for x in accumulator)
         return sums[1], dq, dk, dv
 
+    def _rounds(self, q, k) -> int:
+        (_, length, heads, _), (_, keys, kv_heads, _) = q.shape, k.shape
+        if self.rounds is None:
+            return rounds_that_pay(heads, kv_heads, length, keys)
+        if self.rounds < 1 or kv_heads % self.rounds:
+            raise UserError(
+                f"Ring was asked to go around {self.rounds} times with a share of the heads each, and {kv_heads} "
+                "key/value heads do not divide: rounds is one of their divisors."
+            )
+        return self.rounds
+
     @property
     def _hops(self) -> list[int]:
         """From the own block to the first offset, and from each offset to the next."""
@@ -152,6 +183,12 @@ class Ring(SequenceParallel):
         born = (jax.lax.axis_index(self.axis) - left_out) % self.shards
         key = jax.tree.map(lambda x: jax.lax.all_gather(x, self.axis)[born], key)
         return (_verdicts(mask, query, key) != NONE).any()
+
+
+def rounds_that_pay(heads: int, kv_heads: int, length: int, keys: int) -> int:
+    """How often to go around a ring with a share of the heads each, for shards of `length` queries and `keys` keys."""
+    divisors = (n for n in range(kv_heads, 0, -1) if kv_heads % n == 0)
+    return next((n for n in divisors if heads // n * length * keys >= LOGITS), 1)
 
 
 def live_offsets(mask: Mask, q_tokens: Tokens, k_tokens: Tokens, shards: int) -> tuple[int, ...]:
@@ -195,6 +232,40 @@ def _runs(fields):
 def _verdicts(mask, query, key):
     query = jax.tree.map(lambda x: x[..., :, None], query)
     return mask.verdict(query, jax.tree.map(lambda x: x[..., None, :], key))
+
+
+def _in_rounds(rounds: int, attend, score, arrays):
+    """attend(score, *arrays), one share of the heads after the other, so that memory holds the work of one.
+
+    Heads are the first axis of a parameter of a score, and the third of arrays. `attend` gives (gradients of the score
+    or nothing, arrays).
+    """
+    if rounds == 1:
+        return attend(score, *arrays)
+
+    def share(x, index, axis: int):
+        size = x.shape[axis] // rounds
+        return jax.lax.dynamic_slice_in_dim(x, index * size, size, axis)
+
+    def attend_share(index):
+        own = jax.tree.map(lambda x: share(x, index, 0) if x.ndim else x, score)
+        return attend(own, *(share(x, index, 2) for x in arrays))
+
+    def put(whole, part, index, axis: int):
+        return jax.lax.dynamic_update_slice_in_dim(whole, part, index * part.shape[axis], axis)
+
+    def round_(index, carry):
+        (d_score, results), (of_score, parts) = carry, attend_share(index)
+        d_score = jax.tree.map(lambda x, part: put(x, part, index, 0) if x.ndim else x + part, d_score, of_score)
+        return d_score, jax.tree.map(lambda x, part: put(x, part, index, 2), results, parts)
+
+    def empty(part, axis: int):
+        shape = [n * rounds if i == axis else n for i, n in enumerate(part.shape)]
+        return zeros(tuple(shape), arrays[0]).astype(part.dtype)
+
+    of_score, parts = jax.eval_shape(attend_share, 0)
+    carry = jax.tree.map(lambda x: empty(x, 0), of_score), jax.tree.map(lambda x: empty(x, 2), parts)
+    return jax.lax.fori_loop(0, rounds, round_, carry)
 
 
 def _in_runs(step, hops: list, carry):

@@ -95,7 +95,7 @@ class SequenceParallel:
         raise NotImplementedError
 
     def shard_backward(self, task, score, q, k, v, query_fields, key_fields, d_out, lse, delta):
-        """On one device: its share of d_score, and the gradients of its shards of q, k and v. float32."""
+        """On one device: its share of d_score, and the gradients of its shards of q, k and v."""
         raise NotImplementedError
 
     @property

@@ -36,7 +36,11 @@ class Ulysses(SequenceParallel):
     def shard_backward(self, task, score, q, k, v, query_fields, key_fields, d_out, lse, delta):
         rows = (self._exchange(x, from_axis=2, to_axis=1) for x in (d_out, lse, delta))
         d_own, dq, dk, dv = self._inner.shard_backward(
-            task, self._own(score, q), *self._to_heads(q, k, v), *self._gather((query_fields, key_fields)), *rows
+            task._replace(gradients=jnp.float32),
+            self._own(score, q),
+            *self._to_heads(q, k, v),
+            *self._gather((query_fields, key_fields)),
+            *rows,
         )
         kv_heads = k.shape[2]
         dq, dk, dv = (self._to_sequence(x) for x in (dq, dk, dv))

@@ -79,3 +79,8 @@ def test_attention_under_a_ring_does_not_grow_with_the_devices():
     assert eight < 1.01 * four
     gathered = [attention_bytes(512 * shards, AllGather(mesh(shards))) for shards in (4, 8)]
     assert gathered[1] > 1.5 * gathered[0]
+
+
+def test_a_share_of_the_heads_at_a_time_takes_less():
+    at_once, halves = (attention_bytes(4096, Ring(mesh(4), rounds=rounds)) for rounds in (1, 2))
+    assert halves < 0.75 * at_once

@@ -322,6 +322,12 @@ class TestBadInput:
             with pytest.raises(UserError, match=answer):
                 striate.attention(q, k, k, parallel=parallel, **tokens)
 
+    def test_rounds_that_do_not_divide_the_heads_are_answered(self):
+        q = jnp.zeros((2, 16, 6, 8))
+        for rounds in (0, 4):
+            with pytest.raises(UserError, match=f"{rounds} times with a share .* and 6 key/value heads do not divide"):
+                striate.attention(q, q, q, parallel=Ring(mesh(sequence=4), rounds=rounds))
+
     def test_heads_that_cannot_be_dealt_are_answered(self):
         q = jnp.zeros((2, 16, 6, 8))
         with pytest.raises(

@@ -47,6 +47,15 @@ def test_it_is_the_same_on_every_mesh(case, strategy):
     check_score(System(parallel=strategy(mesh), layout=Striped(4, 13)), RULE, case, given, visible(RULE, given))
 
 
+@pytest.mark.parametrize("rounds", [2, 4])
+def test_a_share_of_the_heads_at_a_time_gives_the_same(rounds):
+    mesh = jax.make_mesh((2,), ("sequence",), (jax.sharding.AxisType.Auto,), devices=jax.devices()[:2])
+    given = problem(length=52, kv_heads=4)
+    for case in CASES:
+        if case.name in ("composed", "custom", "t5 bidirectional=True"):
+            check_score(System(parallel=Ring(mesh, rounds=rounds)), RULE, case, given, visible(RULE, given))
+
+
 def test_heads_and_batches_that_are_spread_add_up_their_gradients():
     axes = {"data": 2, "sequence": 2, "tensor": 2}
     mesh = jax.make_mesh(tuple(axes.values()), tuple(axes), (jax.sharding.AxisType.Auto,) * 3)
