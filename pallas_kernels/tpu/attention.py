@@ -18,6 +18,7 @@ from jax.custom_batching import sequential_vmap
 
 from striate.lib.tiles import Partial, Tiled, block_length, zeros
 from striate.pallas_kernels.tpu import backward, forward
+from striate.pallas_kernels.tpu.decode import Decode
 from striate.pallas_kernels.tpu.parts import LANES, LOG2E, blocks
 from striate.pallas_kernels.tpu.steps import live_steps, over_segments
 
@@ -31,6 +32,12 @@ class Kernel(Tiled):
     @classmethod
     def choose_tile(cls, mask, heads, length, keys):
         return tuple(block_length(n, most, LANES) for n, most in zip((length, keys), blocks().tile, strict=True))
+
+    @classmethod
+    def plan_attend(cls, mask, scale, q_BTHD, k_BSKD):
+        if Decode.suits(q_BTHD):
+            return Decode.over(mask, scale, q_BTHD, k_BSKD, cls.interpret)
+        return super().plan_attend(mask, scale, q_BTHD, k_BSKD)
 
     def queries(self, q_BTHD, kv_heads):
         return self.rows((self.scale * LOG2E * q_BTHD.astype(jnp.float32)).astype(q_BTHD.dtype), kv_heads)

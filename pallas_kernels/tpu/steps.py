@@ -31,10 +31,13 @@ class Steps(NamedTuple):
     count: jax.Array  # int32 (segments,): how many of these steps there are, at least one
 
 
-def live_steps(verdict_BRC: jax.Array) -> Steps:
-    """The blocks that have work, row by row. A segment without any has one step, without work, at its first row."""
+def live_steps(verdict_BRC: jax.Array, share: int = 1) -> Steps:
+    """The blocks that have work, row by row. A segment without any has one step, without work, at its first row.
+
+    Lists are `share` times as short, where a step takes as many more numbers.
+    """
     batch, rows, columns = verdict_BRC.shape
-    size = max(min(LONGEST // columns, batch * rows), 1)
+    size = max(min(LONGEST // share // columns, batch * rows), 1)
     segments = -(-batch * rows // size)
     padding = ((0, segments * size - batch * rows), (0, 0))
     verdict = jnp.pad(verdict_BRC.reshape(-1, columns), padding, constant_values=NONE).reshape(segments, size, columns)
