@@ -13,6 +13,8 @@ writes it back, copies running beside the products of the steps before and after
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,15 +22,15 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from striate.lib.tiles import Tiled, zeros
+from striate.pallas_kernels.tpu.blocks import blocks
+from striate.pallas_kernels.tpu.chips import LANES
 from striate.pallas_kernels.tpu.gathered import Gathered
 from striate.pallas_kernels.tpu.parts import (
-    LANES,
     LN2,
     LOG2E,
     NN,
     NT,
     TN,
-    blocks,
     column,
     compiler_params,
     in_parts,
@@ -50,57 +52,20 @@ def backward(kernel: Tiled, names, score, row, code, count, q, d_out, lse, delta
     its steps in one call.
     """
     query_fields, key_fields, (*gradients, d_score) = rest
-    (_, heads, _, width), (q_tile, k_tile), kv_heads = q.shape, kernel.tile, k.shape[1]
-    parts = blocks().backward.of(q_tile, k_tile)
-    lanes, group, per_row = min(LANES, parts.queries), heads // kv_heads, k.shape[2] // k_tile
-
-    def of_query(shape, index):
-        def place(h, i, g, row, code):
-            return row[i] // per_row, h * group + g, *index(code[i] // COLUMN)
-
-        return pl.BlockSpec((None, None, *shape), place)
-
-    def of_keys(width):
-        def place(h, i, g, row, code):
-            return row[i] // per_row, h, row[i] % per_row, 0
-
-        return pl.BlockSpec((None, None, k_tile, width), place)
-
-    leaves, specs, rebuild = parameters(score, heads, lambda h, i, g, row, code: (h * group + g, 0, 0))
-    shares = [zeros((kv_heads, group, *x.shape[1:]), q) for x in leaves]
-    of_shares = [pl.BlockSpec((None, *x.shape[1:]), lambda h, i, g, row, code: (h, 0, 0, 0)) for x in shares]
+    steps = Steps.of(kernel, names, score, q, k, v)
+    shares = [zeros(shape, q) for shape in steps.shares]
     in_place = pl.BlockSpec(memory_space=pl.ANY)
-    given = (q, d_out, lse, delta, k, v, query_fields, key_fields, *leaves)
+    given = (q, d_out, lse, delta, k, v, query_fields, key_fields, *steps.leaves)
     spec = pltpu.PrefetchScalarGridSpec(
         num_scalar_prefetch=2,
-        grid=(kv_heads, count, group),
-        in_specs=[
-            of_query((q_tile, width), lambda q: (q, 0)),
-            of_query((q_tile, v.shape[3]), lambda q: (q, 0)),
-            *[of_query((1, q_tile), lambda q: (0, q))] * 2,
-            of_keys(width),
-            of_keys(v.shape[3]),
-            pl.BlockSpec(
-                (None, len(names), q_tile), lambda h, i, g, row, code: (row[i] // per_row, 0, code[i] // COLUMN)
-            ),
-            pl.BlockSpec(
-                (None, len(names), k_tile), lambda h, i, g, row, code: (row[i] // per_row, 0, row[i] % per_row)
-            ),
-            *specs,
-            *[in_place] * 3,
-        ],
-        out_specs=[in_place, of_keys(width), of_keys(v.shape[3]), *of_shares],
-        scratch_shapes=[
-            pltpu.VMEM((len(names), k_tile, lanes), jnp.int32),
-            pltpu.VMEM((k_tile, width), jnp.float32),
-            pltpu.VMEM((k_tile, v.shape[3]), jnp.float32),
-            *Gathered.scratch_shapes((q_tile, width)),
-        ],
+        grid=(k.shape[1], count, q.shape[1] // k.shape[1]),
+        in_specs=[*steps.of_given, *[in_place] * 3],
+        out_specs=[in_place, *steps.of_gradients, *steps.of_shares],
+        scratch_shapes=steps.scratch_shapes,
     )
-    body = functools.partial(_step, kernel.mask, is_plain(score), rebuild, len(leaves), names, parts, per_row)
     outputs = (*gradients, *shares)
     dq, dk, dv, *shares = pl.pallas_call(
-        body,
+        functools.partial(steps.body, 0),
         grid_spec=spec,
         out_shape=[like(x) for x in outputs],
         input_output_aliases={2 + len(given) + i: i for i in range(3)},
@@ -111,7 +76,67 @@ def backward(kernel: Tiled, names, score, row, code, count, q, d_out, lse, delta
     return dq, dk, dv, jax.tree.map(jnp.add, d_score, of_parameters(score, shares))
 
 
-def _step(mask, plain, rebuild, leaf_count, names, parts, per_row, row_ref, code_ref, *refs):
+class Steps(NamedTuple):
+    """A grid of (key/value heads, steps listed, heads of a group): what a step does, which blocks it reads and writes.
+
+    The gradients of the score's parameters are gathered for each key/value head, as arrays of the shapes `shares`.
+    """
+
+    body: Callable  # (first of the heads, row, code, blocks of what is given, three unused, of the results, scratch)
+    leaves: list  # parameters of the score: given beside q, d_out, lse, delta, k, v, query_fields and key_fields
+    of_given: list[pl.BlockSpec]
+    of_gradients: list[pl.BlockSpec]  # dk and dv; dq is not in blocks
+    of_shares: list[pl.BlockSpec]
+    shares: list[tuple[int, ...]]
+    scratch_shapes: list
+
+    @classmethod
+    def of(cls, kernel: Tiled, names, score, q, k, v) -> Steps:
+        (_, heads, _, width), (q_tile, k_tile), kv_heads = q.shape, kernel.tile, k.shape[1]
+        parts = blocks(k).backward.of(q_tile, k_tile)
+        lanes, group, per_row = min(LANES, parts.queries), heads // kv_heads, k.shape[2] // k_tile
+
+        def of_query(shape, index):
+            def place(h, i, g, row, code):
+                return row[i] // per_row, h * group + g, *index(code[i] // COLUMN)
+
+            return pl.BlockSpec((None, None, *shape), place)
+
+        def of_field(tile, block):
+            return pl.BlockSpec(
+                (None, len(names), tile), lambda h, i, g, row, code: (row[i] // per_row, 0, block(row[i], code[i]))
+            )
+
+        def of_keys(width):
+            def place(h, i, g, row, code):
+                return row[i] // per_row, h, row[i] % per_row, 0
+
+            return pl.BlockSpec((None, None, k_tile, width), place)
+
+        leaves, specs, rebuild = parameters(score, heads, lambda h, i, g, row, code: (h * group + g, 0, 0))
+        shares = [(kv_heads, group, *x.shape[1:]) for x in leaves]
+        of_shares = [pl.BlockSpec((None, *x[1:]), lambda h, i, g, row, code: (h, 0, 0, 0)) for x in shares]
+        of_gradients = [of_keys(width), of_keys(v.shape[3])]
+        of_given = [
+            of_query((q_tile, width), lambda q: (q, 0)),
+            of_query((q_tile, v.shape[3]), lambda q: (q, 0)),
+            *[of_query((1, q_tile), lambda q: (0, q))] * 2,
+            *of_gradients,
+            of_field(q_tile, lambda row, code: code // COLUMN),
+            of_field(k_tile, lambda row, code: row % per_row),
+            *specs,
+        ]
+        scratch_shapes = [
+            pltpu.VMEM((len(names), k_tile, lanes), jnp.int32),
+            pltpu.VMEM((k_tile, width), jnp.float32),
+            pltpu.VMEM((k_tile, v.shape[3]), jnp.float32),
+            *Gathered.scratch_shapes((q_tile, width)),
+        ]
+        body = functools.partial(_step, kernel.mask, is_plain(score), rebuild, len(leaves), names, parts, per_row)
+        return cls(body, leaves, of_given, of_gradients, of_shares, shares, scratch_shapes)
+
+
+def _step(mask, plain, rebuild, leaf_count, names, parts, per_row, first_head, row_ref, code_ref, *refs):
     q_ref, d_out_ref, lse_ref, delta_ref, k_ref, v_ref, query_ref, key_ref, *refs = refs
     leaf_refs, (_, _, _, dq_hbm, dk_out, dv_out, *refs) = refs[:leaf_count], refs[leaf_count:]
     share_refs, (column_ref, dk_ref, dv_ref, *gathered) = refs[:leaf_count], refs[leaf_count:]
@@ -123,7 +148,8 @@ def _step(mask, plain, rebuild, leaf_count, names, parts, per_row, row_ref, code
         """(batch, head, query block) of a step `ahead` of this one."""
         at = step * group + member + ahead
         i = jnp.minimum(at // group, steps - 1)
-        return row_ref[i] // per_row, pl.program_id(0) * group + at % group, code_ref[i] // COLUMN
+        head = (first_head + pl.program_id(0)) * group + at % group
+        return row_ref[i] // per_row, head, code_ref[i] // COLUMN
 
     begin, end = (step == 0) & (member == 0), (step == steps - 1) & (member == group - 1)
     dq = Gathered(dq_hbm, *gathered)
