@@ -25,6 +25,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +35,7 @@ from rich.table import Table
 from striate.lib import masks
 from striate.lib.analysis.tpu_schedule import schedule_for
 from striate.lib.attention import attention
-from striate.pallas_kernels.tpu import parts
+from striate.pallas_kernels.tpu import blocks as tpu_blocks
 
 RESULTS = Path(__file__).parent / "results" / "tpu-schedule.json"
 HEADS, LENGTH, TILE = 4, 8192, 1024
@@ -105,10 +106,11 @@ class Figure(NamedTuple):
     spills: float
 
 
-def ours(chip: str, width: int) -> Iterator[Case]:
-    """Our programs, with the blocks that they have on that chip."""
+def ours(chip: str, width: int, blocks: tpu_blocks.Blocks | None = None) -> Iterator[Case]:
+    """Our programs, with the blocks given, or those that they have on that chip."""
     q = jax.ShapeDtypeStruct((1, LENGTH, HEADS, width), jnp.bfloat16)
-    blocks = parts.BLOCKS[chip]
+
+    blocks = blocks or tpu_blocks.of(chip, q)
 
     def attend(q, k, v):
         return attention(q, k, v, mask=masks.causal(), implementation="pallas_tpu")
@@ -116,9 +118,16 @@ def ours(chip: str, width: int) -> Iterator[Case]:
     def gradients(q, k, v):
         return jax.grad(lambda *qkv: attend(*qkv).astype(jnp.float32).sum(), (0, 1, 2))(q, k, v)
 
-    for direction, function, cut in zip(PASSES, (attend, gradients), (blocks.forward, blocks.backward), strict=True):
-        label = "{}x{} by {}x{}".format(*blocks.tile, cut.queries, cut.keys)
-        yield Case(OURS, label, function, (q, q, q), (direction,), blocks.tile, KINDS)
+    def cut(function):
+        def with_these_blocks(*args):
+            with mock.patch.object(tpu_blocks, "of", lambda chip, k: blocks):
+                return function(*args)
+
+        return with_these_blocks
+
+    for direction, function, parts in zip(PASSES, (attend, gradients), blocks[1:], strict=True):
+        label = "{}x{} by {}x{}".format(*blocks.tile, parts.queries, parts.keys)
+        yield Case(OURS, label, cut(function), (q, q, q), (direction,), blocks.tile, KINDS)
 
 
 def jax_splash(blocks: tuple[int, int, int], mask: str) -> Callable:

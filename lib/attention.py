@@ -87,10 +87,10 @@ def attention(
     natural = Tokens(np.arange(q_BTHD.shape[1], dtype=np.int32)[None])
     known = (natural, natural) if q_tokens is None and k_tokens is None else None
     q_tokens, k_tokens = check_tokens(q_BTHD, k_BSKD, q_tokens, k_tokens)
-    _check_language(mask, score, q_BTHD.shape[2], q_tokens, k_tokens)
+    check_language(mask, score, q_BTHD.shape[2], q_tokens, k_tokens)
     scale = q_BTHD.shape[-1] ** -0.5 if scale is None else float(scale)
     q, k, v, tile_score = score.prepare(q_BTHD, k_BSKD, v_BSKV, scale)
-    if (form := _choose(implementation, parallel)) == "reference":
+    if (form := choose(implementation, parallel)) == "reference":
         out, lse = reference(mask, scale, tile_score, q, k, v, q_tokens, k_tokens)
     else:
         tile_score = jax.tree.map(lambda x: x.astype(jnp.float32), tile_score)
@@ -198,7 +198,7 @@ class Local:
 
     def backward(self, task, score, q_BTHD, k_BSKD, v_BSKV, q_tokens, k_tokens, d_out, lse, delta):
         kv_heads, (length, keys) = k_BSKD.shape[2], (q_BTHD.shape[1], k_BSKD.shape[1])
-        problem = task.plan(q_BTHD.shape[2], length, keys)
+        problem = task.plan(q_BTHD, k_BSKD)
         q, (d_out, lse, delta) = (
             problem.queries(q_BTHD, kv_heads),
             (problem.rows(x, kv_heads) for x in (d_out, lse, delta)),
@@ -275,7 +275,8 @@ def check_tokens(q, k, q_tokens, k_tokens) -> tuple[Tokens, Tokens]:
     return q_tokens, k_tokens
 
 
-def _check_language(mask, score, heads: int, q_tokens: Tokens, k_tokens: Tokens) -> None:
+def check_language(mask, score, heads: int, q_tokens: Tokens, k_tokens: Tokens) -> None:
+    """Raises UserError for what is no mask or no score, or reads a field that the Tokens do not have."""
     if not isinstance(mask, masks.Mask):
         raise UserError(
             f"mask is a {type(mask).__name__}; attention needs a formula over Tokens, such as masks.causal() or "
@@ -289,7 +290,8 @@ def _check_language(mask, score, heads: int, q_tokens: Tokens, k_tokens: Tokens)
         scores.check(score, heads, tokens)
 
 
-def _choose(implementation, parallel) -> str:
+def choose(implementation, parallel) -> str:
+    """The name of the first implementation that can run here. Raises NotImplementedError where there is none."""
     chip = target()
     best = ("pallas_tpu", "xla") if chip else ("xla",)
     reasons = []

@@ -242,7 +242,8 @@ class Blockwise(Tiled):
     """The form of this file."""
 
     @classmethod
-    def choose_tile(cls, mask, heads, length, keys):
+    def choose_tile(cls, mask, q_BTHD, k_BSKD):
+        (_, length, heads, _), keys = q_BTHD.shape, k_BSKD.shape[1]
         logits, blocks = BAND if mask.is_band else WIDE
         # Square, or twice as many keys as queries.
         area = max(logits // heads, 1).bit_length() - 1

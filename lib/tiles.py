@@ -56,7 +56,7 @@ class Tiled:
       mask: where padding is needed, it hides that too.
       scale: factor of the logits.
       tile: lengths of a block of queries and of a block of keys.
-      fused: whether it has `ring_forward`, a pass around a ring as one program.
+      fused: whether it has `ring_forward` and `ring_backward`, passes around a ring as one program.
     """
 
     fused: ClassVar[bool] = False
@@ -66,20 +66,20 @@ class Tiled:
     tile: tuple[int, int]
 
     @classmethod
-    def plan(cls, mask: masks.Mask, scale: float, heads: int, length: int, keys: int) -> Tiled:
-        """With the tile that suits these lengths."""
-        tile = cls.choose_tile(mask, heads, length, keys)
-        if length % tile[0] or keys % tile[1]:
+    def plan(cls, mask: masks.Mask, scale: float, q_BTHD: jax.Array, k_BSKD: jax.Array) -> Tiled:
+        """With the tile that suits arrays of these shapes."""
+        tile = cls.choose_tile(mask, q_BTHD, k_BSKD)
+        if q_BTHD.shape[1] % tile[0] or k_BSKD.shape[1] % tile[1]:
             mask = mask & masks.query(INSIDE, 1, 1) & masks.key(INSIDE, 1, 1)
         return cls(mask, scale, tile)
 
     @classmethod
     def plan_attend(cls, mask: masks.Mask, scale: float, q_BTHD: jax.Array, k_BSKD: jax.Array) -> Tiled:
         """For `attend` alone: another form may suit the forward pass of few queries."""
-        return cls.plan(mask, scale, q_BTHD.shape[2], q_BTHD.shape[1], k_BSKD.shape[1])
+        return cls.plan(mask, scale, q_BTHD, k_BSKD)
 
     @classmethod
-    def choose_tile(cls, mask: masks.Mask, heads: int, length: int, keys: int) -> tuple[int, int]:
+    def choose_tile(cls, mask: masks.Mask, q_BTHD: jax.Array, k_BSKD: jax.Array) -> tuple[int, int]:
         raise NotImplementedError
 
     def queries(self, q_BTHD: jax.Array, kv_heads: int) -> jax.Array:
@@ -136,6 +136,10 @@ class Tiled:
         """
         raise NotImplementedError
 
+    def ring_backward(self, axis, shards, farthest, score, q, k, v, d_out, lse, delta, query_fields, key_fields):
+        """As `backward`, to nothing, with the keys that `ring_forward` goes by; dk and dv are those of k and v here."""
+        raise NotImplementedError
+
     def finish_dq(self, sum_of_dq: jax.Array, q: jax.Array) -> jax.Array:
         """The gradient of the queries as they were before `queries` scaled them, heads-major like q."""
         raise NotImplementedError
@@ -168,8 +172,8 @@ class Task(NamedTuple):
     tiled: type[Tiled]
     gradients: jnp.dtype | None = None
 
-    def plan(self, heads: int, length: int, keys: int) -> Tiled:
-        return self.tiled.plan(self.mask, self.scale, heads, length, keys)
+    def plan(self, q_BTHD: jax.Array, k_BSKD: jax.Array) -> Tiled:
+        return self.tiled.plan(self.mask, self.scale, q_BTHD, k_BSKD)
 
     def plan_attend(self, q_BTHD: jax.Array, k_BSKD: jax.Array) -> Tiled:
         return self.tiled.plan_attend(self.mask, self.scale, q_BTHD, k_BSKD)

@@ -82,12 +82,15 @@ class Ring(SequenceParallel):
 
     def _forward_round(self, task, score, q, k, v, query_fields, key_fields):
         kv_heads, length = k.shape[2], q.shape[1]
-        problem = task.plan(q.shape[2], length, k.shape[1])
+        problem = task.plan(q, k)
         out_dtype, missed = v.dtype, self._missed(task.mask, query_fields, key_fields)
         q = problem.queries(q, kv_heads)
         query_fields, key_fields = problem.sides(score, query_fields, key_fields)
         block = self._key_block(problem, k, v, key_fields)
-        partial = (self._fused if problem.fused else self._forward)(problem, score, q, block, query_fields)
+        if problem.fused and self._farthest:
+            partial = problem.ring_forward(*self._span, score, q, *block[:2], query_fields, block[2])
+        else:
+            partial = self._forward(problem, score, q, block, query_fields)
         out, lse = partial.finish(score.normalised)
         out = jnp.where(missed, jnp.nan, natural(out, length))
         return out.astype(out_dtype), natural(lse, length)
@@ -107,19 +110,26 @@ class Ring(SequenceParallel):
         block, partial = _in_runs(step, hops, (self._hop(block, first), partial))
         return attend(block, partial)
 
-    def _fused(self, problem, score, q, block, query_fields) -> Partial:
-        k, v, key_fields = block
-        farthest = self.shards - 1 if self.offsets is None else max(self.offsets, default=0)
-        return problem.ring_forward(self.axis, self.shards, farthest, score, q, k, v, query_fields, key_fields)
-
     def _backward_round(self, task, score, q, k, v, query_fields, key_fields, d_out, lse, delta):
         kv_heads, (length, keys) = k.shape[2], (q.shape[1], k.shape[1])
-        problem = task.plan(q.shape[2], length, keys)
+        problem = task.plan(q, k)
         rows = tuple(problem.rows(x, kv_heads) for x in (d_out, lse, delta))
         q = problem.queries(q, kv_heads)
         query_fields, key_fields = problem.sides(score, query_fields, key_fields)
+        block = self._key_block(problem, k, v, key_fields)
+        if problem.fused and self._farthest:
+            span, (k, v, key_fields) = self._span, block
+            sums, *accumulator = problem.ring_backward(*span, score, q, k, v, *rows, query_fields, key_fields)
+        else:
+            sums, accumulator = self._backward(problem, score, q, block, rows, query_fields)
+        dq = natural(problem.finish_dq(sums[0], q), length)
+        dk, dv = (x[:, :, :keys].swapaxes(1, 2) for x in accumulator)
+        return sums[1], dq, dk, dv
+
+    def _backward(self, problem, score, q, block, rows, query_fields):
+        """(sums over the pairs of this device, (dk, dv) of its keys)."""
         first, *hops = self._hops
-        block = self._hop(self._key_block(problem, k, v, key_fields), first)
+        block = self._hop(block, first)
 
         def gradients(block, sums):
             k, v, key_fields = block
@@ -140,10 +150,7 @@ class Ring(SequenceParallel):
             moved = self._hop(accumulator, hops[-1])
             sums, share = gradients(block, sums)
             accumulator = jax.tree.map(jnp.add, moved, share)
-        accumulator = self._hop(accumulator, -first - sum(hops))
-        dq = natural(problem.finish_dq(sums[0], q), length)
-        dk, dv = (x[:, :, :keys].swapaxes(1, 2) for x in accumulator)
-        return sums[1], dq, dk, dv
+        return sums, self._hop(accumulator, -first - sum(hops))
 
     def _rounds(self, q, k) -> int:
         (_, length, heads, _), (_, keys, kv_heads, _) = q.shape, k.shape
@@ -155,6 +162,15 @@ class Ring(SequenceParallel):
                 "key/value heads do not divide: rounds is one of their divisors."
             )
         return self.rounds
+
+    @property
+    def _farthest(self) -> int:
+        return self.shards - 1 if self.offsets is None else max(self.offsets, default=0)
+
+    @property
+    def _span(self) -> tuple[str, int, int]:
+        """What a pass around the ring as one program has to know of it."""
+        return self.axis, self.shards, self._farthest
 
     @property
     def _hops(self) -> list[int]:

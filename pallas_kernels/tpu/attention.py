@@ -18,8 +18,10 @@ from jax.custom_batching import sequential_vmap
 
 from striate.lib.tiles import Partial, Tiled, block_length, zeros
 from striate.pallas_kernels.tpu import backward, forward
+from striate.pallas_kernels.tpu.blocks import blocks
+from striate.pallas_kernels.tpu.chips import LANES
 from striate.pallas_kernels.tpu.decode import Decode
-from striate.pallas_kernels.tpu.parts import LANES, LOG2E, blocks
+from striate.pallas_kernels.tpu.parts import LOG2E
 from striate.pallas_kernels.tpu.steps import live_steps, over_segments
 
 
@@ -30,8 +32,9 @@ class Kernel(Tiled):
     interpret: ClassVar[Any] = False
 
     @classmethod
-    def choose_tile(cls, mask, heads, length, keys):
-        return tuple(block_length(n, most, LANES) for n, most in zip((length, keys), blocks().tile, strict=True))
+    def choose_tile(cls, mask, q_BTHD, k_BSKD):
+        lengths = q_BTHD.shape[1], k_BSKD.shape[1]
+        return tuple(block_length(n, most, LANES) for n, most in zip(lengths, blocks(k_BSKD).tile, strict=True))
 
     @classmethod
     def plan_attend(cls, mask, scale, q_BTHD, k_BSKD):
@@ -43,7 +46,7 @@ class Kernel(Tiled):
         return self.rows((self.scale * LOG2E * q_BTHD.astype(jnp.float32)).astype(q_BTHD.dtype), kv_heads)
 
     def forward(self, score, q, k, v, query_fields, key_fields, partial):
-        maximum, total, weighted = map(_flatten, partial)
+        maximum, total, weighted = map(flatten, partial)
         carry = maximum[:, :, None], total[:, :, None], weighted
         done = self._over_rows(forward.forward, score, q, k, v, query_fields, key_fields, carry)
         return Partial(*(x.reshape(like.shape) for x, like in zip(done, partial, strict=True)))
@@ -61,7 +64,7 @@ class Kernel(Tiled):
     def _over_rows(self, function, score, q, k, v, query_fields, key_fields, results):
         steps = live_steps(self.verdicts(query_fields, key_fields))
         names, query_fields, key_fields = self._fields(score, query_fields, key_fields)
-        flat, kernel = _flatten(q), _one_at_a_time(function, self, names)
+        flat, kernel = flatten(q), one_at_a_time(function, self, names)
 
         def call(row, code, count, results):
             return kernel(score, row, code, count, flat, k, v, query_fields, key_fields, results)
@@ -80,24 +83,26 @@ class Kernel(Tiled):
     def gradients(self, score, q, k, v, d_out, lse, delta, query_fields, key_fields, dtype):
         arrays = score, q, k, v, d_out, lse, delta, query_fields, key_fields
         (dq, d_score), dk, dv = self._backward(*arrays, self.empty_sums(score, q), dtype)
-        return d_score, self.finish_dq(dq, q), dk, dv
+        return d_score, self.finish_dq(dq, q).astype(dtype), dk, dv
 
     def _backward(self, score, q, k, v, d_out, lse, delta, query_fields, key_fields, sums, dtype):
         steps = live_steps(self.verdicts(query_fields, key_fields).swapaxes(1, 2))
         names, query_fields, key_fields = self._fields(score, query_fields, key_fields)
-        # A row that sees nothing has lse = -inf; its logits are all -inf, and exp(-inf - 0) = 0 is what is meant.
-        lse = LOG2E * jnp.where(jnp.isfinite(lse), lse, 0.0)
-        rows = _flatten(q), _flatten(d_out), _flatten(lse)[:, :, None], _flatten(delta)[:, :, None]
-        dq, d_score = sums
-        carry = _flatten(dq), zeros(k.shape, q).astype(dtype), zeros(v.shape, q).astype(dtype), d_score
+        (dq, d_score), rows = sums, self._rows(q, d_out, lse, delta)
+        carry = flatten(dq), zeros(k.shape, q).astype(dtype), zeros(v.shape, q).astype(dtype), d_score
 
-        kernel = _one_at_a_time(backward.backward, self, names)
+        kernel = one_at_a_time(backward.backward, self, names)
 
         def call(row, code, count, carry):
             return kernel(score, row, code, count, *rows, k, v, query_fields, key_fields, carry)
 
         dq_flat, dk, dv, d_score = over_segments(steps, call, carry)
         return (dq_flat.reshape(dq.shape), d_score), dk, dv
+
+    def _rows(self, q, d_out, lse, delta):
+        # A row that sees nothing has lse = -inf; its logits are all -inf, and exp(-inf - 0) = 0 is what is meant.
+        lse = LOG2E * jnp.where(jnp.isfinite(lse), lse, 0.0)
+        return flatten(q), flatten(d_out), flatten(lse)[:, :, None], flatten(delta)[:, :, None]
 
     def _fields(self, score, query_fields, key_fields):
         """(names of the fields that the kernels read, queries' (B, names, T), keys' (B, names, S))."""
@@ -117,10 +122,12 @@ class Interpreted(Kernel):
     interpret = True
 
 
-def _one_at_a_time(function, *static):
-    # Under jax.vmap: Pallas would add an axis to the grid, and leave what a kernel reads from HBM by itself as it was.
+def one_at_a_time(function, *static):
+    """The function of the arrays, for jax.vmap as well."""
+    # Pallas would add an axis to the grid, and leave what a kernel reads from HBM by itself as it was.
     return sequential_vmap(functools.partial(function, *static))
 
 
-def _flatten(x_BKG):
+def flatten(x_BKG):
+    """(B, K, G, ...) as (B, H, ...)."""
     return x_BKG.reshape(x_BKG.shape[0], -1, *x_BKG.shape[3:])

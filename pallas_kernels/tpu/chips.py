@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import jax
 
+LANES = 128
+
 # What JAX calls the chips, and what everybody else does.
 NAMES = {
     "TPU v4": "v4",
@@ -23,6 +25,11 @@ def target() -> str | None:
     device = _device()
     kind = device.device_kind
     return NAMES.get(kind, kind) if device.platform == "tpu" else None
+
+
+def vmem() -> int:
+    """Bytes of fast memory that a kernel may take on that chip."""
+    return (16 if target() == "v4" else 64) * 2**20
 
 
 def cores() -> int:

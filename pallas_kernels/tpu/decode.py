@@ -29,8 +29,8 @@ from jax.experimental.pallas import tpu as pltpu
 
 from striate.lib.masks import ALL, MIXED, NONE, key, same
 from striate.lib.tiles import INSIDE, Partial, Tiled, block_length
+from striate.pallas_kernels.tpu.chips import LANES
 from striate.pallas_kernels.tpu.parts import (
-    LANES,
     LN2,
     LOG2E,
     NN,

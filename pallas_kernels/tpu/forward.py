@@ -20,13 +20,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from striate.lib.tiles import LOWEST, Tiled
+from striate.pallas_kernels.tpu.blocks import blocks
+from striate.pallas_kernels.tpu.chips import LANES
 from striate.pallas_kernels.tpu.parts import (
-    LANES,
     LN2,
     LOG2E,
     NN,
     NT,
-    blocks,
     column,
     compiler_params,
     in_parts,
@@ -85,7 +85,7 @@ class Steps(NamedTuple):
     @classmethod
     def of(cls, kernel: Tiled, names, score, q, k, v, resume: bool) -> Steps:
         (_, heads, length, width), (q_tile, k_tile) = q.shape, kernel.tile
-        parts = blocks().forward.of(q_tile, k_tile)
+        parts = blocks(k).forward.of(q_tile, k_tile)
         lanes, group, per_row = min(LANES, parts.keys), heads // k.shape[1], length // q_tile
 
         def of_row(shape, index):

@@ -1,9 +1,8 @@
-"""What both passes of attention share: how a tile is cut into parts, scores in a tile, and shapes that TPUs like."""
+"""What both passes of attention share: the order of the parts of a tile, scores in a tile, shapes that TPUs like."""
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,53 +10,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from striate.lib.scores import Composed, Score
-from striate.pallas_kernels.tpu.chips import target
+from striate.pallas_kernels.tpu.blocks import Parts
+from striate.pallas_kernels.tpu.chips import vmem
 
-LANES = 128
 LOG2E, LN2 = math.log2(math.e), math.log(2.0)
 NT, NN, TN = (((1,), (1,)), ((), ())), (((1,), (0,)), ((), ())), (((0,), (0,)), ((), ()))
-
-
-class Parts(NamedTuple):
-    """How a tile is cut: lengths of a part in queries and keys, and how many parts the products are ahead."""
-
-    queries: int
-    keys: int
-    ahead: int
-
-    def of(self, q_tile: int, k_tile: int) -> Parts:
-        return Parts(_divisor(q_tile, self.queries), _divisor(k_tile, self.keys), self.ahead)
-
-
-class Blocks(NamedTuple):
-    """How attention is cut on one kind of chip.
-
-    Attributes:
-      tile: queries and keys of a block.
-      forward, backward: the parts of a tile in the two passes.
-      vmem: bytes of fast memory that a kernel may take.
-    """
-
-    tile: tuple[int, int]
-    forward: Parts
-    backward: Parts
-    vmem: int = 64 * 2**20
-
-
-# Those with the fewest bundles for heads 128 wide: striate bench tpu-schedule. Assign to it to try others.
-BLOCKS = {
-    "v4": Blocks((1024, 1024), Parts(1024, 512, 1), Parts(256, 1024, 0), vmem=16 * 2**20),
-    "v5e": Blocks((1024, 1024), Parts(256, 1024, 0), Parts(512, 512, 1)),
-    "v5p": Blocks((1024, 1024), Parts(256, 1024, 0), Parts(512, 512, 1)),
-    "v6e": Blocks((2048, 1024), Parts(512, 512, 1), Parts(256, 1024, 0)),
-    "tpu7x": Blocks((2048, 1024), Parts(512, 512, 1), Parts(256, 1024, 0)),
-}
-DEFAULT = Blocks((1024, 1024), Parts(512, 512, 1), Parts(256, 1024, 0))
-
-
-def blocks() -> Blocks:
-    """For the chip that the program is for."""
-    return BLOCKS.get(target(), DEFAULT)
 
 
 def in_parts(parts: Parts, q_tile: int, k_tile: int, first, second, third) -> None:
@@ -124,14 +81,8 @@ def product(a, b, dimensions):
     return jax.lax.dot_general(a, b, dimensions, precision=precision, preferred_element_type=jnp.float32)
 
 
-def _divisor(length: int, longest: int) -> int:
-    """The longest part, of at most `longest`, into which a length can be cut: of whole LANES, where the length is."""
-    unit = LANES if length % LANES == 0 else length
-    return max(part for part in range(unit, max(longest, unit) + 1, unit) if length % part == 0)
-
-
 def compiler_params(*semantics: str):
-    return pltpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=blocks().vmem)
+    return pltpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=vmem())
 
 
 def like(x: jax.Array) -> jax.ShapeDtypeStruct:
