@@ -28,7 +28,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from striate.lib.masks import ALL, MIXED, NONE, key, same
-from striate.lib.tiles import INSIDE, Partial, Tiled, block_length
+from striate.lib.tiles import INSIDE, Partial, Tiled, block_length, natural
 from striate.pallas_kernels.tpu.chips import LANES
 from striate.pallas_kernels.tpu.parts import (
     LN2,
@@ -77,6 +77,14 @@ class Decode(Tiled):
         """Whether there are so few queries that to read the keys is what takes the time."""
         return q_BTHD.shape[1] <= QUERIES and q_BTHD.shape[1] * q_BTHD.shape[2] <= ROWS
 
+    @staticmethod
+    def takes_pages(k_pages, v_pages) -> bool:
+        """Whether pages can be read where they lie: they fill whole lanes, alone or with others."""
+        page, widths = k_pages.shape[1], (k_pages.shape[3], v_pages.shape[3])
+        if page % LANES:
+            return page >= LANES // SLOTS and LANES % page == 0 and not any(width % LANES for width in widths)
+        return True
+
     @classmethod
     def over(cls, mask, scale: float, q_BTHD, k_BSKD, interpret) -> Decode:
         """For these shapes."""
@@ -87,18 +95,42 @@ class Decode(Tiled):
             mask = mask & key(INSIDE, 1, 1)
         return cls(mask, scale, (q_BTHD.shape[1], block), interpret)
 
+    @classmethod
+    def over_pages(cls, mask, scale: float, q_BTHD, k_pages, pages: int, interpret) -> Decode:
+        """For these shapes and a table of so many pages for each row of the batch."""
+        page, size = k_pages.shape[1], math.prod(k_pages.shape[1:]) * k_pages.dtype.itemsize
+        unit = max(LANES // page, 1)  # blocks are whole lanes
+        slots = min(max(min(BLOCK // size, SLOTS) // unit, 1), -(-pages // unit)) * unit
+        if pages % slots:
+            mask = mask & key(INSIDE, 1, 1)
+        return cls(mask, scale, (q_BTHD.shape[1], slots * page), interpret, page)
+
     def queries(self, q_BTHD, kv_heads):
         return self.rows((self.scale * LOG2E * q_BTHD.astype(jnp.float32)).astype(q_BTHD.dtype), kv_heads)
 
     def keys_or_values(self, x_BSKD):
         return x_BSKD
 
+    def attend_pages(self, score, q_BTHD, k_pages, v_pages, table, q_tokens, k_tokens):
+        """(out (B, T, H, V), lse (B, T, H)), float32, where keys lie in pages.
+
+        Args:
+          k_pages, v_pages: (P, page, K, D) and (P, page, K, V).
+          table: int32 (B, n), the pages of a row; those that the mask hides are not looked at.
+          q_tokens, k_tokens: fields (B, T) and (B, n page).
+        """
+        q, length = self.queries(q_BTHD, k_pages.shape[2]), q_BTHD.shape[1]
+        table = jnp.pad(table, ((0, 0), (0, -table.shape[1] % self.slots)))
+        arrays = score, q, k_pages, v_pages, *self.sides(score, q_tokens, k_tokens)
+        done = self.forward(*arrays, Partial.empty(q, v_pages.shape[3]), table).finish(score.normalised)
+        return tuple(natural(x, length) for x in done)
+
     def forward(self, score, q, k, v, query_fields, key_fields, partial, table=None):
-        """As for every Tiled; with `table`, int32 (B, pages of a row), k and v are pages (P, page, K, D)."""
+        """As for every Tiled; with `table`, int32 (B, pages of whole blocks), k and v are pages."""
         view, verdicts = View.of(q, k, v), self.verdicts(query_fields, key_fields)
         if self.page:
             by_page = Decode(self.mask, self.scale, (self.tile[0], self.page)).verdicts(query_fields, key_fields)
-            verdicts, table = _by_block(by_page[:, 0], table, self.slots)
+            verdicts, table = _by_block(by_page[:, 0], jnp.clip(table, 0, len(k) - 1), self.slots)
         leaves, tree = jax.tree.flatten(score)
         part = _divisor(self.tile[1] * view.keys, LANES, PART)
         rows = Rows(*q.shape[:4], view.groups, min(LANES, part))
@@ -169,20 +201,22 @@ class View(NamedTuple):
 
     def load(self, refs, which: int, group: int, keys: slice):
         """Keys or values of a group, (keys, D) or (D, keys), from the blocks that hold them one after the other."""
-        blocks = [self._of_group(ref, which, group, keys if len(refs) == 1 else slice(None)) for ref in refs]
-        if len(blocks) == 1:
-            return blocks[0]
-        whole = jnp.concatenate(blocks, axis=int(self.across[which]))
-        return whole[:, keys] if self.across[which] else whole[keys]
+        across = self.across[which]
+        length = refs[0].shape[2] if across else refs[0].shape[1] // (self.groups if self.woven else 1)
+        pieces = []
+        for number, ref in enumerate(refs):
+            start, stop = max(keys.start - number * length, 0), min(keys.stop - number * length, length)
+            if start < stop:
+                pieces.append(self._of_group(ref, across, group, start, stop))
+        return pieces[0] if len(pieces) == 1 else jnp.concatenate(pieces, axis=int(across))
 
-    def _of_group(self, ref, which: int, group: int, keys: slice):
-        if self.across[which]:
-            return ref[group, :, keys]
+    def _of_group(self, ref, across: bool, group: int, start: int, stop: int):
+        if across:
+            return ref[group, :, start:stop]
         if self.groups == 1 or not self.woven:
-            return ref[group, keys]
-        start, stop, _ = keys.indices(ref.shape[1] // self.groups)
+            return ref[group, start:stop]
+        # A token has a word of 32 bits for each group, and rows of words can be strided over.
         tokens = pl.ds(start // self.keys * self.groups + group, (stop - start) // self.keys, self.groups)
-        # A token has a word of 32 bits for each group: rows can be strided over by words.
         if self.keys == 1:
             return ref.at[0][tokens, :]
         return pltpu.bitcast(ref.at[0].bitcast(jnp.uint32)[tokens, :], ref.dtype)
@@ -267,7 +301,7 @@ def _by_block(by_page, table, slots: int):
     by_page, table = (x.reshape(x.shape[0], -1, slots) for x in (by_page, table))
     verdict = jnp.where((by_page == ALL).all(-1), ALL, jnp.where((by_page == NONE).all(-1), NONE, MIXED))
     shown = jnp.take_along_axis(table, jnp.argmax(by_page != NONE, axis=-1)[..., None], axis=-1)
-    return verdict[:, None], jnp.maximum(jnp.where(by_page != NONE, table, shown), 0)
+    return verdict[:, None], jnp.where(by_page != NONE, table, shown)
 
 
 def _call(kernel: Decode, view: View, how: How, row, code, count, pages, q, k, v, planes, keys, leaves, sums):
