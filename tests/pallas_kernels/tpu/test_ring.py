@@ -17,8 +17,9 @@ from striate.lib.blockwise import Blockwise
 from striate.lib.layouts import Striped, ZigZag
 from striate.lib.parallel import Ring, RingUlysses
 from striate.lib.tiles import Task
-from striate.pallas_kernels.tpu import ring, steps
-from striate.pallas_kernels.tpu.ring import FusedInterpreted, Route, Way
+from striate.pallas_kernels.tpu import around, traffic
+from striate.pallas_kernels.tpu.ring import FusedInterpreted
+from striate.pallas_kernels.tpu.traffic import Route, Way
 from suites.attention import RULE, System, check_bound, check_score, mesh, random_problem, visible
 
 FUSED = "pallas_tpu_fused_interpret"
@@ -89,20 +90,27 @@ class TwoCores(Watched):
 class TestRaces:
     MASKS = (masks.causal(), masks.window(20))
 
-    def forward(self, tiled, shards: int, mask=MASKS[0], parallel=None) -> np.ndarray:
+    def both_passes(self, tiled, shards: int, mask=MASKS[0], parallel=None) -> tuple[np.ndarray, ...]:
+        """(out, dq, dk, dv)."""
         rng, length = np.random.default_rng(0), 32 * shards
-        q = rng.normal(size=(1, length, 2, 8)).astype(np.float32)
-        k, v = (rng.normal(size=(1, length, 1, 8)).astype(np.float32) for _ in range(2))
+        q, d_out = (rng.normal(size=(1, length, 2, 8)).astype(np.float32) for _ in range(2))
+        k, v = (rng.normal(size=(1, length, 2, 8)).astype(np.float32) for _ in range(2))
         tokens, task = Tokens.arange(1, length), Task(mask, 1.0, tiled)
         parallel = parallel or Ring(mesh(sequence=shards)).for_tokens(mask, tokens, tokens)
+
+        def run(q, k, v, d_out):
+            arrays = scores.plain(), q, k, v, tokens, tokens
+            out, lse = parallel.forward(task, *arrays)
+            return out, *parallel.backward(task, *arrays, d_out, lse, (d_out * out).sum(-1))[1:]
+
         pltpu.reset_tpu_interpret_mode_state()
-        run = jax.jit(lambda q, k, v: parallel.forward(task, scores.plain(), q, k, v, tokens, tokens)[0])
-        return np.asarray(run(q, k, v))
+        return jax.tree.map(np.asarray, jax.jit(run)(q, k, v, d_out))
 
     def check(self, tiled, shards: int, mask=MASKS[0]):
-        got = self.forward(tiled, shards, mask)
+        found = self.both_passes(tiled, shards, mask)
         assert not interpret_pallas_call.races.races_found
-        np.testing.assert_allclose(got, self.forward(Blockwise, shards, mask, Local()), rtol=1e-5, atol=1e-5)
+        for got, want in zip(found, self.both_passes(Blockwise, shards, mask, Local()), strict=True):
+            np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
 
     @pytest.mark.parametrize("mask", MASKS, ids=str)
     @pytest.mark.parametrize("tiled", [Watched, Eager, TwoCores])
@@ -113,19 +121,20 @@ class TestRaces:
     def test_none_on_eight_devices(self):
         self.check(Watched, 8)
 
-    def test_without_leave_to_send_there_are(self, monkeypatch):
-        monkeypatch.setattr(ring.Traffic, "await_leave", lambda self, way: None)
-        monkeypatch.setattr(ring.Traffic, "give_leave", lambda self, way: None)
+    @pytest.mark.parametrize("of", [traffic.Keys, traffic.Followers])
+    def test_without_leave_to_send_there_are(self, monkeypatch, of):
+        monkeypatch.setattr(of, "await_leave", lambda self, *_: None)
+        monkeypatch.setattr(of, "give_leave", lambda self, *_: None)
 
         class Warned(Watched):
             interpret = dataclasses.replace(Watched.interpret, on_race="warn")
 
-        self.forward(Warned, 4)
+        self.both_passes(Warned, 4)
         assert interpret_pallas_call.races.races_found
 
 
 def test_lists_that_do_not_fit_say_so(monkeypatch):
-    monkeypatch.setattr(steps, "LONGEST", 7)
+    monkeypatch.setattr(around, "LONGEST", 7)
     system = System(FUSED, Ring(mesh(sequence=2)))
     with pytest.raises(NotImplementedError, match="16 here, and at most 7 fit"):
         check_bound(system, masks.window(29), problem_of(64), tile=16)
