@@ -3,10 +3,13 @@
 import jax
 import numpy as np
 import pytest
+from jax.experimental.pallas import tpu as pltpu
 
 from striate import Tokens, masks, scores
+from striate.lib.attention import Local
+from striate.lib.tiles import Task
 from striate.pallas_kernels.tpu import steps
-from striate.pallas_kernels.tpu.attention import Kernel
+from striate.pallas_kernels.tpu.attention import Interpreted, Kernel
 
 MASKS = (
     "causal()",
@@ -58,6 +61,39 @@ def test_steps_are_the_live_blocks(monkeypatch, text, longest):
         assert [bool(f & steps.LAST) for f in flags] == [i == len(flags) - 1 for i in range(len(flags))]
     # Beyond them only the one step that a segment without work has.
     assert len(got) - len(work) <= -(-16 // max(longest // 8, 1))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("text", MASKS)
+def test_a_grid_has_a_step_for_every_live_block_and_no_other(text):
+    points = []
+
+    def record(token, *point):
+        points.append(point)
+        return token
+
+    class Counted(Interpreted):
+        interpret = pltpu.InterpretParams(grid_point_recorder=record)
+
+        @classmethod
+        def choose_tile(cls, mask, q, k):
+            return 32, 32
+
+    mask, tokens, heads = masks.parse(text), tokens_of([96, 64, 96]), 1
+    rng = np.random.default_rng(0)
+    q, k, v, d_out = (rng.normal(size=(1, 256, heads, 8)).astype(np.float32) for _ in range(4))
+    task, arrays = Task(mask, 1.0, Counted), (scores.plain(), q, k, v, tokens.as_queries(), tokens)
+
+    def steps_of(function, *args):
+        points.clear()
+        results = jax.block_until_ready(jax.jit(function)(*args))
+        return len(points), results
+
+    live = np.asarray(mask.dense(tokens, tokens))[0].reshape(8, 32, 8, 32).any((1, 3)).sum()
+    forward, (out, lse) = steps_of(lambda *x: Local().forward(task, *x), *arrays)
+    backward, _ = steps_of(lambda *x: Local().backward(task, *x), *arrays, d_out, lse, (d_out * out).sum(-1))
+    # Where nothing is live one step says so.
+    assert forward == backward == heads * max(live, 1)
 
 
 def test_rows_of_a_batch_follow_each_other():
