@@ -90,7 +90,7 @@ def attention(
     check_language(mask, score, q_BTHD.shape[2], q_tokens, k_tokens)
     scale = q_BTHD.shape[-1] ** -0.5 if scale is None else float(scale)
     q, k, v, tile_score = score.prepare(q_BTHD, k_BSKD, v_BSKV, scale)
-    if (form := choose(implementation, parallel)) == "reference":
+    if (form := choose(implementation, parallel, q_BTHD.dtype)) == "reference":
         out, lse = reference(mask, scale, tile_score, q, k, v, q_tokens, k_tokens)
     else:
         tile_score = jax.tree.map(lambda x: x.astype(jnp.float32), tile_score)
@@ -290,26 +290,36 @@ def check_language(mask, score, heads: int, q_tokens: Tokens, k_tokens: Tokens) 
         scores.check(score, heads, tokens)
 
 
-def choose(implementation, parallel) -> str:
+def choose(implementation, parallel, dtype) -> str:
     """The name of the first implementation that can run here. Raises NotImplementedError where there is none."""
     chip = target()
     best = ("pallas_tpu", "xla") if chip else ("xla",)
     reasons = []
     for name in (implementation,) if isinstance(implementation, str) else tuple(implementation or best):
-        if name not in IMPLEMENTATIONS:
-            raise UserError(f"implementation {name!r} is not known; there are {', '.join(map(repr, IMPLEMENTATIONS))}.")
-        if name == "pallas_gpu":
-            reasons.append(f"{name!r} has no kernel yet")
-        elif name in ("pallas_tpu", "pallas_tpu_fused") and chip is None:
-            reasons.append(f"{name!r} is for TPUs, and this program is not ('{name}_interpret' runs anywhere)")
-        elif "fused" in name and not getattr(parallel, "rings", False):
-            reasons.append(f"{name!r} is for parallel=Ring(...)")
-        elif name == "reference" and parallel is not None:
-            reasons.append(f"'reference' is for one device and does not run under {type(parallel).__name__}")
-        else:
+        reason = _reason_against(name, parallel, dtype, chip)
+        if reason is None:
             _log_choice(name, type(parallel).__name__ if parallel else "one device", chip or jax.default_backend())
             return name
+        reasons.append(f"{name!r} {reason}")
     raise NotImplementedError(f"{'; '.join(reasons)}: use implementation=None or 'xla'.")
+
+
+def _reason_against(name: str, parallel, dtype, chip: str | None) -> str | None:
+    """Why an implementation cannot run here, if it cannot."""
+    if name not in IMPLEMENTATIONS:
+        raise UserError(f"implementation {name!r} is not known; there are {', '.join(map(repr, IMPLEMENTATIONS))}.")
+    if name == "pallas_gpu":
+        return "has no kernel yet"
+    if "fused" in name and not getattr(parallel, "rings", False):
+        return "is for parallel=Ring(...)"
+    if name == "reference" and parallel is not None:
+        return f"is for one device and does not run under {type(parallel).__name__}"
+    if name in ("pallas_tpu", "pallas_tpu_fused"):
+        if chip is None:
+            return f"is for TPUs, and this program is not ('{name}_interpret' runs anywhere)"
+        if dtype not in (jnp.bfloat16, jnp.float32):
+            return f"takes bfloat16 and float32, and not {dtype}"
+    return None
 
 
 def _tiled(name: str) -> type[Tiled]:

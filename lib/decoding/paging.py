@@ -59,7 +59,8 @@ def paged_attention(
     mask, score = masks.everything() if mask is None else mask, scores.plain() if score is None else score
     _check(q_BTHD, k_PLKD, v_PLKV, table_BN, q_tokens, k_tokens)
     check_language(mask, score, q_BTHD.shape[2], q_tokens, k_tokens)
-    scale, form = q_BTHD.shape[-1] ** -0.5 if scale is None else float(scale), choose(implementation, None)
+    scale = q_BTHD.shape[-1] ** -0.5 if scale is None else float(scale)
+    form = choose(implementation, None, q_BTHD.dtype)
     held = jnp.repeat((table_BN >= 0).astype(jnp.int32), k_PLKD.shape[1], axis=1)
     arrays = score, q_BTHD, k_PLKD, v_PLKV, table_BN, q_tokens, k_tokens.replace(**{HELD: held})
     mask = mask & masks.key(HELD, 1, 1)

@@ -33,9 +33,9 @@ def arrays(length: int, heads=4, kv_heads=2, width=128, dtype=jnp.bfloat16, spre
     return shape(heads, width), shape(kv_heads, width), shape(kv_heads, width), Tokens(field, field, prefix=field)
 
 
-def both_passes(mask, score, parallel=None):
+def both_passes(mask, score, parallel=None, implementation="pallas_tpu"):
     def loss(q, k, v, tokens):
-        how = {"implementation": "pallas_tpu", "parallel": parallel}
+        how = {"implementation": implementation, "parallel": parallel}
         out = striate.attention(q, k, v, mask=mask, score=score, q_tokens=tokens, k_tokens=tokens, **how)
         return out.astype(jnp.float32).sum()
 
@@ -83,3 +83,12 @@ def test_a_long_score_fits_the_smallest_memory():
         scores.alibi(np.ones(4, np.float32)),
     )
     plan.compile_for("v4:2x2x1", both_passes(masks.causal(), score), *arrays(4096, kv_heads=4))
+
+
+@pytest.mark.tpu
+def test_what_the_kernels_do_not_take_is_left_to_xla():
+    shapes = arrays(1024, dtype=jnp.float16)
+    compiled = plan.compile_for("v5p:2x2x1", both_passes(masks.causal(), scores.plain(), implementation=None), *shapes)
+    assert "tpu_custom_call" not in compiled.as_text()
+    with pytest.raises(NotImplementedError, match="'pallas_tpu' takes bfloat16 and float32, and not float16"):
+        plan.compile_for("v5p:2x2x1", both_passes(masks.causal(), scores.plain()), *shapes)
