@@ -61,6 +61,18 @@ def test_a_ring_over_64_chips_compiles(topology, name):
 
 
 @pytest.mark.tpu
+@pytest.mark.parametrize("name", MASKS)
+@pytest.mark.parametrize("topology", [*CHIPS, "v5p:4x4x4", "v6e:8x8"])
+def test_a_fused_ring_compiles(topology, name):
+    devices = np.array(plan.describe(topology)).reshape(-1)
+    mesh = Mesh(devices[:64], ("sequence",))
+    shapes = arrays(len(mesh.devices) * 2048, spread=mesh)
+    compiled = plan.compile_for(topology, both_passes(*MASKS[name], Ring(mesh), "pallas_tpu_fused"), *shapes)
+    text = compiled.as_text()
+    assert text.count('custom_call_target="tpu_custom_call"') == 2 and "collective-permute" not in text
+
+
+@pytest.mark.tpu
 @pytest.mark.parametrize(("width", "dtype"), [(64, "bfloat16"), (80, "bfloat16"), (256, "bfloat16"), (128, "float32")])
 def test_other_widths_and_float32_compile(width, dtype):
     shapes = arrays(2048, width=width, dtype=jnp.dtype(dtype))
