@@ -369,6 +369,9 @@ def _step(kernel: Decode, view: View, how: How, row_ref, code_ref, _, q_ref, *re
             width = s.shape[1]
             query = {n: spread(query_ref[i, rows], width) for i, n in enumerate(how.names)}
             key = {n: x[:, keys] for n, x in fields.items()}
+            if masked and how.end:
+                # Past the end of the cache lies anything, also NaN: a weight of it would stay where p is 0.
+                s = jnp.where(jnp.broadcast_to(key[INSIDE], s.shape) == 1, s, 0.0)
             s, weight = (s, None) if how.plain else scored(_score(how, leaf_refs, rows, width), s, query, key)
             if mask is not None:
                 # Comparisons have the shape of a part then: booleans cannot be spread as integers can.
@@ -384,7 +387,7 @@ def _step(kernel: Decode, view: View, how: How, row_ref, code_ref, _, q_ref, *re
         def gather(rows, keys, p, decay):
             v = view.load(v_refs, 1, rows.start // how.per_group, keys)
             if masked and how.end:
-                # Past the end of the cache lies anything, also NaN, which a weight of 0 would not hide.
+                # And so would a value.
                 place = jax.lax.broadcasted_iota(jnp.int32, v.shape, int(view.across[1])) + keys.start
                 v = jnp.where(place < how.end - block * length, v, 0)
             added = product(p, v, NT if view.across[1] else NN)
