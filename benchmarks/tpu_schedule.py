@@ -43,6 +43,12 @@ PASSES, KINDS = ("forward", "backward"), ("unmasked", "masked")
 BACKWARD = re.compile("bwd|backward|dkv|dq")  # in the names of kernels
 PRODUCTS = {"forward": 2, "backward": 5}  # of matrices, in a tile
 OURS = "striate"
+# Our matrix blocks in the order of the program: a whole tile; then, for each of its quarters, one without the mask and
+# one with it. A tile that a causal mask cuts has one quarter hidden, one whole and two cut.
+OUR_KINDS = {
+    "forward": ("unmasked", None, "masked", None, None, "masked", None, None, "masked"),
+    "backward": ("unmasked", None, "masked", "masked", None, None, None, None, "masked"),
+}
 
 # Queries and keys of a block, and keys that are computed at a time.
 SIDES, PARTS = (512, 1024, 2048), (256, 512, 1024, 2048)
@@ -127,7 +133,7 @@ def ours(chip: str, width: int, blocks: tpu_blocks.Blocks | None = None) -> Iter
 
     for direction, function, parts in zip(PASSES, (attend, gradients), blocks[1:], strict=True):
         label = "{}x{} by {}x{}".format(*blocks.tile, parts.queries, parts.keys)
-        yield Case(OURS, label, cut(function), (q, q, q), (direction,), blocks.tile, KINDS)
+        yield Case(OURS, label, cut(function), (q, q, q), (direction,), blocks.tile, OUR_KINDS[direction])
 
 
 def jax_splash(blocks: tuple[int, int, int], mask: str) -> Callable:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -51,14 +52,15 @@ class Lists(NamedTuple):
     count: Any
 
     @classmethod
-    def of(cls, verdict_SBRC: jax.Array) -> Lists:
+    def of(cls, verdict_SBRCN: jax.Array) -> Lists:
         """From the verdicts of every step of the ring."""
-        if verdict_SBRC.size > LONGEST:
+        blocks = math.prod(verdict_SBRCN.shape[:-1])
+        if blocks > LONGEST:
             raise NotImplementedError(
                 "'pallas_tpu_fused' keeps the lists of all blocks that a device meets on the way around the ring in "
-                f"the memory of the scalar core, {verdict_SBRC.size} here, and at most {LONGEST} fit: use 'pallas_tpu'."
+                f"the memory of the scalar core, {blocks} here, and at most {LONGEST} fit: use 'pallas_tpu'."
             )
-        return cls(*(x.reshape(-1) for x in jax.vmap(live_steps)(verdict_SBRC)))
+        return cls(*(x.reshape(-1) for x in jax.vmap(live_steps)(verdict_SBRCN)))
 
     def at(self, step) -> tuple[Part, Part, Any]:
         """(row, code, count) of one step."""

@@ -22,7 +22,7 @@ from striate.pallas_kernels.tpu.blocks import blocks
 from striate.pallas_kernels.tpu.chips import LANES
 from striate.pallas_kernels.tpu.decode import Decode
 from striate.pallas_kernels.tpu.parts import LOG2E
-from striate.pallas_kernels.tpu.steps import live_steps, over_segments
+from striate.pallas_kernels.tpu.steps import live_steps, over_segments, quarters
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Kernel(Tiled):
         return out.reshape(*q.shape[:-1], width), lse.reshape(q.shape[:-1])
 
     def _over_rows(self, function, score, q, k, v, query_fields, key_fields, results):
-        steps = live_steps(self.verdicts(query_fields, key_fields))
+        steps = live_steps(quarters(self, query_fields, key_fields))
         names, query_fields, key_fields = self._fields(score, query_fields, key_fields)
         flat, kernel = flatten(q), one_at_a_time(function, self, names)
 
@@ -86,7 +86,7 @@ class Kernel(Tiled):
         return d_score, self.finish_dq(dq, q).astype(dtype), dk, dv
 
     def _backward(self, score, q, k, v, d_out, lse, delta, query_fields, key_fields, sums, dtype):
-        steps = live_steps(self.verdicts(query_fields, key_fields).swapaxes(1, 2))
+        steps = live_steps(quarters(self, query_fields, key_fields, transposed=True))
         names, query_fields, key_fields = self._fields(score, query_fields, key_fields)
         (dq, d_score), rows = sums, self._rows(q, d_out, lse, delta)
         carry = flatten(dq), zeros(k.shape, q).astype(dtype), zeros(v.shape, q).astype(dtype), d_score

@@ -42,7 +42,7 @@ from striate.pallas_kernels.tpu.parts import (
     scored,
     spread,
 )
-from striate.pallas_kernels.tpu.steps import COLUMN, FIRST, LAST, LIVE, MASKED
+from striate.pallas_kernels.tpu.steps import COLUMN, FIRST, LAST, bodies
 
 
 def backward(kernel: Tiled, names, score, row, code, count, q, d_out, lse, delta, k, v, *rest):
@@ -93,8 +93,8 @@ class Steps(NamedTuple):
     @classmethod
     def of(cls, kernel: Tiled, names, score, q, k, v) -> Steps:
         (_, heads, _, width), (q_tile, k_tile), kv_heads = q.shape, kernel.tile, k.shape[1]
-        parts = blocks(k).backward.of(q_tile, k_tile)
-        lanes, group, per_row = min(LANES, parts.queries), heads // kv_heads, k.shape[2] // k_tile
+        parts = blocks(k).backward
+        lanes, group, per_row = min(LANES, q_tile), heads // kv_heads, k.shape[2] // k_tile
 
         def of_query(shape, index):
             def place(h, i, g, row, code):
@@ -166,7 +166,7 @@ def _step(mask, plain, rebuild, leaf_count, names, parts, per_row, first_head, r
         for ref in share_refs:
             ref[...] = jnp.zeros_like(ref)
 
-    def compute(masked: bool):
+    def compute(whole_rows, whole_keys, masked: bool):
         def products(rows, keys):
             return product(k_ref[keys], q_ref[rows], NT), product(v_ref[keys], d_out_ref[rows], NT)
 
@@ -197,10 +197,10 @@ def _step(mask, plain, rebuild, leaf_count, names, parts, per_row, first_head, r
             dk_ref[keys] += product(ds, q_ref[rows], NN)
             dq.slots[slot, rows] += product(ds, k_ref[keys], TN)
 
-        in_parts(parts, q_ref.shape[0], k_ref.shape[0], products, gradients, gather)
+        in_parts(parts, whole_rows, whole_keys, products, gradients, gather)
 
-    pl.when(flags & (LIVE | MASKED) == LIVE)(lambda: compute(masked=False))
-    pl.when(flags & (LIVE | MASKED) == LIVE | MASKED)(lambda: compute(masked=True))
+    for wanted, keys, rows, masked in bodies(flags, k_ref.shape[0], q_ref.shape[0]):
+        pl.when(wanted)(functools.partial(compute, rows, keys, masked))
 
     @pl.when((flags & LAST != 0) & (member == group - 1))
     def _():

@@ -153,7 +153,7 @@ class Decode(Tiled):
             pages = jnp.zeros(1, jnp.int32) if table is None else table[row, code // COLUMN].reshape(-1)
             return kernel(row, code, count, pages, *arrays, sums)
 
-        return rows.partial(over_segments(live_steps(verdicts, self.slots), call, rows.sums(partial)))
+        return rows.partial(over_segments(live_steps(verdicts[..., None], self.slots), call, rows.sums(partial)))
 
 
 class How(NamedTuple):

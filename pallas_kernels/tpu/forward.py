@@ -37,7 +37,7 @@ from striate.pallas_kernels.tpu.parts import (
     scored,
     spread,
 )
-from striate.pallas_kernels.tpu.steps import COLUMN, FIRST, LAST, LIVE, MASKED
+from striate.pallas_kernels.tpu.steps import COLUMN, FIRST, LAST, bodies
 
 
 def forward(kernel: Tiled, names, score, row, code, count, q, k, v, query_fields, key_fields, carry):
@@ -85,8 +85,8 @@ class Steps(NamedTuple):
     @classmethod
     def of(cls, kernel: Tiled, names, score, q, k, v, resume: bool) -> Steps:
         (_, heads, length, width), (q_tile, k_tile) = q.shape, kernel.tile
-        parts = blocks(k).forward.of(q_tile, k_tile)
-        lanes, group, per_row = min(LANES, parts.keys), heads // k.shape[1], length // q_tile
+        parts = blocks(k).forward
+        lanes, group, per_row = min(LANES, k_tile), heads // k.shape[1], length // q_tile
 
         def of_row(shape, index):
             return pl.BlockSpec(
@@ -163,7 +163,7 @@ def _step(mask, plain, rebuild, leaf_count, names, parts, begin, end, row_ref, c
             column_ref[number] = column(query_ref[number : number + 1], lanes)
         begin(sums, *before)
 
-    def compute(masked: bool):
+    def compute(whole_rows, whole_keys, masked: bool):
         score = rebuild([ref[...] for ref in leaf_refs])
 
         def logits(rows, keys):
@@ -187,9 +187,9 @@ def _step(mask, plain, rebuild, leaf_count, names, parts, begin, end, row_ref, c
         def gather(rows, keys, p, decay):
             acc_ref[rows] = acc_ref[rows] * spread(decay, acc_ref.shape[1]) + product(p, v_ref[keys], NN)
 
-        in_parts(parts, q_ref.shape[0], k_ref.shape[0], logits, softmax, gather)
+        in_parts(parts, whole_rows, whole_keys, logits, softmax, gather)
 
-    pl.when(flags & (LIVE | MASKED) == LIVE)(lambda: compute(masked=False))
-    pl.when(flags & (LIVE | MASKED) == LIVE | MASKED)(lambda: compute(masked=True))
+    for wanted, rows, keys, masked in bodies(flags, q_ref.shape[0], k_ref.shape[0]):
+        pl.when(wanted)(functools.partial(compute, rows, keys, masked))
 
     pl.when(flags & LAST != 0)(lambda: end(sums, *after))

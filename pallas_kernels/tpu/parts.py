@@ -17,12 +17,13 @@ LOG2E, LN2 = math.log2(math.e), math.log(2.0)
 NT, NN, TN = (((1,), (1,)), ((), ())), (((1,), (0,)), ((), ())), (((0,), (0,)), ((), ()))
 
 
-def in_parts(parts: Parts, q_tile: int, k_tile: int, first, second, third) -> None:
-    """Three stages for every part of a tile, in an order in which `first` is some parts ahead of the others."""
+def in_parts(parts: Parts, rows: slice, keys: slice, first, second, third) -> None:
+    """Three stages for every part of some rows and keys of a tile; `first` is some parts ahead of the others."""
+    parts = parts.of(rows.stop - rows.start, keys.stop - keys.start)
     places = [
         (slice(row, row + parts.queries), slice(key, key + parts.keys))
-        for key in range(0, k_tile, parts.keys)
-        for row in range(0, q_tile, parts.queries)
+        for key in range(keys.start, keys.stop, parts.keys)
+        for row in range(rows.start, rows.stop, parts.queries)
     ]
     begun = {}
     for number in range(len(places) + parts.ahead):

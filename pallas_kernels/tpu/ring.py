@@ -27,6 +27,7 @@ from striate.pallas_kernels.tpu.attention import Kernel, flatten, one_at_a_time
 from striate.pallas_kernels.tpu.chips import cores
 from striate.pallas_kernels.tpu.ring_backward import backward
 from striate.pallas_kernels.tpu.ring_forward import forward
+from striate.pallas_kernels.tpu.steps import quarters
 from striate.pallas_kernels.tpu.traffic import Route
 
 
@@ -56,8 +57,7 @@ class Fused(Kernel):
     def _passing(self, route: Route, score, query_fields, key_fields, transposed: bool):
         """(the lists of the steps, names of the fields, those of queries, of the keys at each step)."""
         key_fields = jax.tree.map(route.passing, key_fields)
-        verdict = jax.vmap(lambda keys: self.verdicts(query_fields, keys))(key_fields)
-        lists = Lists.of(verdict.swapaxes(2, 3) if transposed else verdict)
+        lists = Lists.of(jax.vmap(lambda keys: quarters(self, query_fields, keys, transposed))(key_fields))
         names, query_fields, _ = self._fields(score, query_fields, jax.tree.map(lambda x: x[0], key_fields))
         return lists, names, (query_fields, jax.vmap(lambda keys: self._fields(score, keys, keys)[2])(key_fields))
 

@@ -23,6 +23,7 @@ from suites.attention import RULE, System, check_bound, check_score, mesh, rando
 INTERPRETED = "pallas_tpu_interpret"
 KERNEL = System(INTERPRETED)
 RING = System(INTERPRETED, Ring(mesh(sequence=4)), Striped(4, 4))
+CASES = {case.name: case for case in score_oracle.all_cases(np.random.default_rng(0), 2)}
 GATHERED = System(INTERPRETED, AllGather(mesh(sequence=2)), Striped(2, 8))
 
 
@@ -47,6 +48,18 @@ def test_widths(width, value_width):
     tokens = Tokens.arange(1, 200)
     problem = random_problem(rng, tokens, heads=2, kv_heads=1, width=width, value_width=value_width)
     check_bound(KERNEL, masks.causal(), problem, tile=128)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    "text", ["causal()", "window(300) & same('document') | sink(9)", "~causal() & key('position', 0, 700)"]
+)
+def test_blocks_that_the_mask_cuts_are_done_by_quarters(text):
+    rng = np.random.default_rng(3)
+    position = np.arange(768, dtype=np.int32)[None]
+    problem = random_problem(rng, Tokens(position, document=position // 400), heads=2, kv_heads=1)
+    check_score(KERNEL, masks.parse(text), CASES["composed"], problem, visible(masks.parse(text), problem), tile=256)
+    check_bound(KERNEL, masks.parse(text), problem, tile=256)
 
 
 def test_queries_and_keys_of_different_lengths():

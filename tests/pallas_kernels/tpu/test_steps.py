@@ -35,7 +35,7 @@ def walked(mask, tokens: Tokens, tile: tuple[int, int]) -> list[tuple[int, int, 
     """(row, column, flags) of every step of the forward grid."""
     kernel = Kernel(mask, 1.0, tile)
     fields = kernel.sides(scores.plain(), tokens.as_queries(), tokens)
-    lists = jax.tree.map(np.asarray, jax.jit(lambda f: steps.live_steps(kernel.verdicts(*f)))(fields))
+    lists = jax.tree.map(np.asarray, jax.jit(lambda f: steps.live_steps(steps.quarters(kernel, *f)))(fields))
     return [
         (row, code // steps.COLUMN, code % steps.COLUMN)
         for rows, codes, count in zip(*lists, strict=True)
@@ -94,6 +94,30 @@ def test_a_grid_has_a_step_for_every_live_block_and_no_other(text):
     backward, _ = steps_of(lambda *x: Local().backward(task, *x), *arrays, d_out, lse, (d_out * out).sum(-1))
     # Where nothing is live one step says so.
     assert forward == backward == heads * max(live, 1)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("text", MASKS)
+def test_a_block_that_is_cut_is_done_by_quarters(text, transposed):
+    """What `bodies` has a step do is every visible pair, and what it does without a mask is visible."""
+    mask, tokens = masks.parse(text), tokens_of([256, 512, 256])
+    kernel = Kernel(mask, 1.0, (256, 512))
+    fields = kernel.sides(scores.plain(), tokens.as_queries(), tokens)
+    lists = steps.live_steps(steps.quarters(kernel, *fields, transposed=transposed))
+    shown = np.asarray(mask.dense(tokens, tokens))[0]
+    shown, tile = (shown.T, (512, 256)) if transposed else (shown, (256, 512))
+    done = np.zeros_like(shown)
+    for rows, codes, count in zip(*map(np.asarray, lists), strict=True):
+        for row, code in zip(rows[:count], codes[:count], strict=True):
+            block = shown[row * tile[0] :, code // steps.COLUMN * tile[1] :]
+            into = done[row * tile[0] :, code // steps.COLUMN * tile[1] :]
+            for wanted, r, c, masked in steps.bodies(code % steps.COLUMN, *tile):
+                if wanted:
+                    assert not into[r, c].any() and (masked or block[r, c].all())
+                    into[r, c] = True
+    assert not (shown & ~done).any()
+    quarters = [x.reshape(8, 128, 4, 256) if not transposed else x.reshape(4, 256, 8, 128) for x in (done, shown)]
+    np.testing.assert_array_equal(*(x.any((1, 3)) for x in quarters))
 
 
 def test_rows_of_a_batch_follow_each_other():
