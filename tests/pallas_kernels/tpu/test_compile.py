@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec as P
 import striate
 from striate import Tokens, masks, scores
 from striate.lib import plan
+from striate.lib.decoding.paging import paged_attention
 from striate.lib.parallel import Ring
 
 CHIPS = ("v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1")
@@ -104,3 +105,68 @@ def test_what_the_kernels_do_not_take_is_left_to_xla():
     assert "tpu_custom_call" not in compiled.as_text()
     with pytest.raises(NotImplementedError, match="'pallas_tpu' takes bfloat16 and float32, and not float16"):
         plan.compile_for("v5p:2x2x1", both_passes(masks.causal(), scores.plain()), *shapes)
+
+
+def decode(mask, score, paged=False):
+    """One query for each row of a batch, to its cache or to its pages."""
+    how = {"mask": mask, "score": score, "implementation": "pallas_tpu"}
+
+    def attend(q, k, v, q_tokens, k_tokens, *table):
+        tokens = {"q_tokens": q_tokens, "k_tokens": k_tokens}
+        return (paged_attention if paged else striate.attention)(q, k, v, *table, **tokens, **how)
+
+    return attend
+
+
+def decode_arrays(heads=32, kv_heads=8, width=128, queries=1, dtype=jnp.bfloat16, length=32668, pages=()):
+    """Shapes for `decode`; `pages` are (how many, tokens of each)."""
+    batch = 4
+
+    def tokens(length):
+        field = jax.ShapeDtypeStruct((batch, length), jnp.int32)
+        return Tokens(field, field, prefix=field)
+
+    q = jax.ShapeDtypeStruct((batch, queries, heads, width), dtype)
+    k = jax.ShapeDtypeStruct((*(pages or (batch, length)), kv_heads, width), dtype)
+    table = [jax.ShapeDtypeStruct((batch, length // pages[1]), jnp.int32)] if pages else []
+    return q, k, k, tokens(queries), tokens(length), *table
+
+
+def check_that_nothing_is_copied(topology, function, shapes):
+    compiled = plan.compile_for(topology, function, *shapes)
+    assert "striate_decode" in compiled.as_text()
+    # More than the fast memory of a chip, in which a copy would not be counted.
+    cache = sum(x.size * x.dtype.itemsize for x in shapes[1:3])
+    assert cache >= 2**27.5 and compiled.memory_analysis().temp_size_in_bytes < cache / 20
+
+
+@pytest.mark.tpu
+@pytest.mark.parametrize("name", MASKS)
+@pytest.mark.parametrize("topology", CHIPS)
+def test_decode_compiles_and_copies_no_cache(topology, name):
+    check_that_nothing_is_copied(topology, decode(*MASKS[name]), decode_arrays())
+
+
+@pytest.mark.tpu
+@pytest.mark.parametrize(("page", "queries"), [(16, 1), (128, 16)])
+@pytest.mark.parametrize("topology", CHIPS)
+def test_decode_in_pages_compiles_and_copies_no_page(topology, page, queries):
+    shapes = decode_arrays(queries=queries, length=32768, pages=(2**17 // page, page))
+    check_that_nothing_is_copied(topology, decode(*MASKS["packed"], paged=True), shapes)
+
+
+@pytest.mark.tpu
+@pytest.mark.parametrize(
+    ("width", "kv_heads", "queries", "dtype"),
+    [
+        *((width, 8, 1, "bfloat16") for width in (64, 80, 96, 128, 192, 256)),
+        *((width, 8, 1, "float32") for width in (64, 128, 256)),
+        *((128, kv_heads, queries, "bfloat16") for kv_heads in (1, 2, 4, 12, 32) for queries in (1, 16)),
+        (80, 4, 16, "bfloat16"),
+        (128, 4, 16, "float32"),
+    ],
+)
+def test_decode_copies_no_cache_of_other_shapes(width, kv_heads, queries, dtype):
+    heads = max(kv_heads, 12 if kv_heads == 12 else 16)
+    shapes = decode_arrays(heads, kv_heads, width, queries, jnp.dtype(dtype), length=2**18 // kv_heads // 128 * 128)
+    check_that_nothing_is_copied("v5e:2x2", decode(*MASKS["causal"]), shapes)
