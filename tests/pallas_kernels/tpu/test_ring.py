@@ -90,11 +90,10 @@ class TwoCores(Watched):
 class TestRaces:
     MASKS = (masks.causal(), masks.window(20))
 
-    def both_passes(self, tiled, shards: int, mask=MASKS[0], parallel=None) -> tuple[np.ndarray, ...]:
+    def both_passes(self, tiled, shards: int, mask=MASKS[0], heads=1, parallel=None) -> tuple[np.ndarray, ...]:
         """(out, dq, dk, dv)."""
         rng, length = np.random.default_rng(0), 32 * shards
-        q, d_out = (rng.normal(size=(1, length, 2, 8)).astype(np.float32) for _ in range(2))
-        k, v = (rng.normal(size=(1, length, 2, 8)).astype(np.float32) for _ in range(2))
+        q, k, v, d_out = (rng.normal(size=(1, length, heads, 8)).astype(np.float32) for _ in range(4))
         tokens, task = Tokens.arange(1, length), Task(mask, 1.0, tiled)
         parallel = parallel or Ring(mesh(sequence=shards)).for_tokens(mask, tokens, tokens)
 
@@ -107,13 +106,14 @@ class TestRaces:
         return jax.tree.map(np.asarray, jax.jit(run)(q, k, v, d_out))
 
     def check(self, tiled, shards: int, mask=MASKS[0]):
-        found = self.both_passes(tiled, shards, mask)
+        heads = tiled.interpret.num_cores_per_device
+        found = self.both_passes(tiled, shards, mask, heads)
         assert not interpret_pallas_call.races.races_found
-        for got, want in zip(found, self.both_passes(Blockwise, shards, mask, Local()), strict=True):
+        for got, want in zip(found, self.both_passes(Blockwise, shards, mask, heads, Local()), strict=True):
             np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
 
     @pytest.mark.parametrize("mask", MASKS, ids=str)
-    @pytest.mark.parametrize("tiled", [Watched, Eager, TwoCores])
+    @pytest.mark.parametrize("tiled", [Watched, *(pytest.param(x, marks=pytest.mark.long) for x in (Eager, TwoCores))])
     def test_none_on_four_devices(self, tiled, mask):
         self.check(tiled, 4, mask)
 
@@ -121,7 +121,7 @@ class TestRaces:
     def test_none_on_eight_devices(self):
         self.check(Watched, 8)
 
-    @pytest.mark.parametrize("of", [traffic.Keys, traffic.Followers])
+    @pytest.mark.parametrize("of", [traffic.Keys, pytest.param(traffic.Followers, marks=pytest.mark.long)])
     def test_without_leave_to_send_there_are(self, monkeypatch, of):
         monkeypatch.setattr(of, "await_leave", lambda self, *_: None)
         monkeypatch.setattr(of, "give_leave", lambda self, *_: None)
