@@ -393,7 +393,7 @@ def _step(kernel: Decode, view: View, how: How, row_ref, code_ref, _, q_ref, *re
             added = product(p, v, NT if view.across[1] else NN)
             acc_ref[rows] = acc_ref[rows] * spread(decay, acc_ref.shape[1]) + added
 
-        in_parts(how.parts, q_ref.shape[0], length, logits, softmax, gather)
+        in_parts(how.parts, slice(0, q_ref.shape[0]), slice(0, length), logits, softmax, gather)
 
     other_heads = same(HEAD) if HEAD in how.names else None
     shown = kernel.mask if other_heads is None else kernel.mask & other_heads
