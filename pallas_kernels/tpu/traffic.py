@@ -195,6 +195,7 @@ class Followers(NamedTuple):
 
     def added(self, step):
         """What has arrived may be written to."""
+        # The device to whom `home` is signalled is in this kernel: the sends of each step took the leave of the next.
         for number in range(len(self.route.ways)):
             pl.when(step < self.route.hops)(lambda n=number: self.give_leave(self.free, n, -1))
             pl.when(step == self.route.hops)(lambda n=number: self.give_leave(self.home, n, self.route.hops))
