@@ -35,9 +35,8 @@ from striate.pallas_kernels.tpu.parts import (
     LOG2E,
     NN,
     NT,
-    Parts,
     compiler_params,
-    in_parts,
+    in_turn,
     is_plain,
     like,
     product,
@@ -138,9 +137,7 @@ class Decode(Tiled):
         ragged = not self.page and k.shape[1] % self.tile[1]
         cut = _divisor(rows.per_group, SUBLANES, LANES), part
         ranks = tuple(x.ndim for x in leaves)
-        how = How(
-            is_plain(score), tree, ranks, names, Parts(*cut, 1), rows.per_group, k.shape[1] * view.keys * bool(ragged)
-        )
+        how = How(is_plain(score), tree, ranks, names, cut, rows.per_group, k.shape[1] * view.keys * bool(ragged))
         arrays = (
             *(rows.flat(q), view.see(k, 0), view.see(v, 1)),
             jnp.stack([rows.planes(rows.field(query_fields, name)) for name in names], axis=1),
@@ -163,7 +160,7 @@ class How(NamedTuple):
     tree: Any  # of the score's parameters
     ranks: tuple[int, ...]  # of these
     names: tuple[str, ...]  # of the fields that mask and score read
-    parts: Parts
+    cut: tuple[int, int]  # rows of one group, and keys, that are computed at a time
     per_group: int  # rows
     end: int  # keys that there are, where the last block reaches beyond them; else 0
 
@@ -393,7 +390,10 @@ def _step(kernel: Decode, view: View, how: How, row_ref, code_ref, _, q_ref, *re
             added = product(p, v, NT if view.across[1] else NN)
             acc_ref[rows] = acc_ref[rows] * spread(decay, acc_ref.shape[1]) + added
 
-        in_parts(how.parts, slice(0, q_ref.shape[0]), slice(0, length), logits, softmax, gather)
+        height, part = how.cut
+        cuts = [slice(start, start + part) for start in range(0, length, part)]
+        places = [(slice(row, row + height), keys) for keys in cuts for row in range(0, q_ref.shape[0], height)]
+        in_turn(places, 1, logits, softmax, gather)
 
     other_heads = same(HEAD) if HEAD in how.names else None
     shown = kernel.mask if other_heads is None else kernel.mask & other_heads

@@ -25,11 +25,16 @@ def in_parts(parts: Parts, rows: slice, keys: slice, first, second, third) -> No
         for key in range(keys.start, keys.stop, parts.keys)
         for row in range(rows.start, rows.stop, parts.queries)
     ]
+    in_turn(places, parts.ahead, first, second, third)
+
+
+def in_turn(places: list, ahead: int, first, second, third) -> None:
+    """Three stages at every place; `first` is some places ahead of the others."""
     begun = {}
-    for number in range(len(places) + parts.ahead):
+    for number in range(len(places) + ahead):
         if number < len(places):
             begun[number] = first(*places[number])
-        done = number - parts.ahead
+        done = number - ahead
         if done >= 0:
             third(*places[done], *second(*places[done], begun.pop(done)))
 
