@@ -197,7 +197,7 @@ def _step(mask, plain, rebuild, leaf_count, names, parts, per_row, first_head, r
             dk_ref[keys] += product(ds, q_ref[rows], NN)
             dq.slots[slot, rows] += product(ds, k_ref[keys], TN)
 
-        in_parts(parts, whole_rows, whole_keys, products, gradients, gather)
+        in_parts(parts.of(whole_rows, whole_keys), whole_rows, whole_keys, products, gradients, gather)
 
     for wanted, keys, rows, masked in bodies(flags, k_ref.shape[0], q_ref.shape[0]):
         pl.when(wanted)(functools.partial(compute, rows, keys, masked))

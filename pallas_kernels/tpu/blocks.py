@@ -19,8 +19,10 @@ class Parts(NamedTuple):
     keys: int
     ahead: int
 
-    def of(self, q_tile: int, k_tile: int) -> Parts:
-        return Parts(_divisor(q_tile, self.queries), _divisor(k_tile, self.keys), self.ahead)
+    def of(self, rows: slice, keys: slice) -> Parts:
+        """Those of some rows and keys of a tile: no longer, and dividing them."""
+        queries, length = (_divisor(x.stop - x.start, most) for x, most in ((rows, self.queries), (keys, self.keys)))
+        return Parts(queries, length, self.ahead)
 
 
 class Blocks(NamedTuple):

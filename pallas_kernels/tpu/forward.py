@@ -187,7 +187,7 @@ def _step(mask, plain, rebuild, leaf_count, names, parts, begin, end, row_ref, c
         def gather(rows, keys, p, decay):
             acc_ref[rows] = acc_ref[rows] * spread(decay, acc_ref.shape[1]) + product(p, v_ref[keys], NN)
 
-        in_parts(parts, whole_rows, whole_keys, logits, softmax, gather)
+        in_parts(parts.of(whole_rows, whole_keys), whole_rows, whole_keys, logits, softmax, gather)
 
     for wanted, rows, keys, masked in bodies(flags, q_ref.shape[0], k_ref.shape[0]):
         pl.when(wanted)(functools.partial(compute, rows, keys, masked))

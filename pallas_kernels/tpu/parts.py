@@ -19,7 +19,6 @@ NT, NN, TN = (((1,), (1,)), ((), ())), (((1,), (0,)), ((), ())), (((0,), (0,)), 
 
 def in_parts(parts: Parts, rows: slice, keys: slice, first, second, third) -> None:
     """Three stages for every part of some rows and keys of a tile; `first` is some parts ahead of the others."""
-    parts = parts.of(rows.stop - rows.start, keys.stop - keys.start)
     places = [
         (slice(row, row + parts.queries), slice(key, key + parts.keys))
         for key in range(keys.start, keys.stop, parts.keys)
