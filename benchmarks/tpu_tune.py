@@ -32,6 +32,7 @@ TILES = ((2048, 1024), (1024, 2048), (1024, 1024), (1024, 512), (512, 512))
 PARTS = (Parts(256, 1024, 0), Parts(256, 1024, 1), Parts(512, 512, 1), Parts(512, 1024, 0), Parts(1024, 512, 0))
 PARTS += (Parts(1024, 512, 1), Parts(512, 512, 0), Parts(256, 512, 1))
 MASKED = 0.25  # of all tiles, in what is ranked
+TIE = 1e-3  # what a bundle counts where the matrix units are waited for anyway
 
 
 def candidates(width: int) -> Iterator[Blocks]:
@@ -46,7 +47,8 @@ def cycles(chip: str, width: int, case: Case) -> float:
     """Of a tile of 1024 x 1024, some of them masked."""
     found = {figure.kind: figure.bundles for figure in measure(chip, width, case)}
     limit = CHIPS[chip].limit(width, case.directions[0])
-    return sum(share * max(found[kind], limit) for kind, share in (("unmasked", 1 - MASKED), ("masked", MASKED)))
+    bundles = sum(share * found[kind] for kind, share in (("unmasked", 1 - MASKED), ("masked", MASKED)))
+    return max(bundles, limit) + TIE * bundles
 
 
 def seconds(case: Case) -> float:
