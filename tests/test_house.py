@@ -232,7 +232,8 @@ def test_the_wheel_is_whole_and_works_elsewhere(tmp_path):
     wheelhouse = ["--wheel-dir", str(tmp_path)]
     subprocess.run([*pip, "wheel", *offline, "--no-build-isolation", *wheelhouse, str(source)], check=True)
     (wheel,) = tmp_path.glob("striate-*.whl")
-    modules = {f"striate/{path.relative_to(ROOT)}" for path in package_files()}
+    files = {*package_files(), *(data for path in package_files() for data in path.parent.glob("*.json"))}
+    modules = {f"striate/{path.relative_to(ROOT)}" for path in files}
     held = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     assert held == modules
     subprocess.run([*pip, "install", *offline, "--no-compile", "--target", str(site), str(wheel)], check=True)
