@@ -7,7 +7,7 @@ WORKERS ?= 2
 SET_UP = pyproject.toml constraints.txt constraints-floor.txt tools/make_venv.sh tools/find_python.sh
 PYTEST = .venv/bin/python -m pytest -n $(WORKERS) --dist loadfile --durations 15 --durations-min 5
 
-.PHONY: help setup train test test-fast test-all lint format bench wheel floor tpu clean
+.PHONY: help setup train test test-fast test-all lint format bench wheel floor tpu tpu-all clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -56,6 +56,10 @@ floor: .venv-floor/installed  ## run the smoke tests on the oldest supported Pyt
 
 tpu: .venv-tpu/installed  ## compile with the compiler of TPUs, which needs no TPU, and check what comes out
 	@echo "compiling for TPUs that are not here"
+	@.venv-tpu/bin/python -m pytest -n $(WORKERS) --durations 5 --durations-min 5 -m "tpu and not slow"
+
+tpu-all: .venv-tpu/installed  ## the same for every mask on every chip
+	@echo "compiling all there is for TPUs that are not here"
 	@.venv-tpu/bin/python -m pytest -n $(WORKERS) --durations 5 --durations-min 5 -m tpu
 
 clean:  ## remove what the targets made, except runs/

@@ -1,5 +1,7 @@
 """The kernels by the real TPU compiler, for every chip, and around rings of pods that are not here."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +16,7 @@ from striate.lib.decoding.paging import paged_attention
 from striate.lib.parallel import Ring
 
 CHIPS = ("v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1")
+PODS = ("v5p:4x4x4", "v6e:8x8")
 MASKS = {
     "causal": (masks.causal(), scores.plain()),
     "window + sink": (masks.causal() & (masks.window(1023) | masks.sink(4)), scores.plain()),
@@ -53,7 +56,7 @@ def test_both_passes_compile(topology, name):
 
 @pytest.mark.tpu
 @pytest.mark.parametrize("name", MASKS)
-@pytest.mark.parametrize("topology", ["v5p:4x4x4", "v6e:8x8"])
+@pytest.mark.parametrize("topology", PODS)
 def test_a_ring_over_64_chips_compiles(topology, name):
     mesh = Mesh(np.array(plan.describe(topology)).reshape(-1)[:64], ("sequence",))
     shapes = arrays(64 * 1024, spread=mesh)
@@ -61,9 +64,15 @@ def test_a_ring_over_64_chips_compiles(topology, name):
     assert "collective-permute" in compiled.as_text()
 
 
+def fused_rings():
+    """Every mask over 64 chips; over a few chips of every kind one of them, and in the slow run the others."""
+    for topology, name in itertools.product([*CHIPS, *PODS], MASKS):
+        marks = [pytest.mark.slow] * (topology in CHIPS and name != "packed")
+        yield pytest.param(topology, name, id=f"{topology}-{name}", marks=marks)
+
+
 @pytest.mark.tpu
-@pytest.mark.parametrize("name", MASKS)
-@pytest.mark.parametrize("topology", [*CHIPS, "v5p:4x4x4", "v6e:8x8"])
+@pytest.mark.parametrize(("topology", "name"), [*fused_rings()])
 def test_a_fused_ring_compiles(topology, name):
     devices = np.array(plan.describe(topology)).reshape(-1)
     mesh = Mesh(devices[:64], ("sequence",))
