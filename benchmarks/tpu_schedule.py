@@ -11,7 +11,8 @@ does by default; an "s" after block sizes says that its experimental scheduler w
 A bundle is what a core issues in one cycle if nothing stalls. "bound" is the fewest bundles that hold the matrix work
 that was issued; "limit" is the cycles that the matrix units take for it at their peak rate, heads being padded to the
 side of a unit: a kernel with fewer bundles than that waits for them. A masked tile is one that a causal mask cuts;
-jax's splash has one body, which masks every tile where there is such a mask. All are scaled to a tile of 1024 x 1024.
+ours does it by quarters, three of them, and jax's splash has one body, which masks every tile where there is such a
+mask. All are scaled to a tile of 1024 x 1024.
 """
 
 from __future__ import annotations
