@@ -133,8 +133,9 @@ class Decode(Tiled):
         leaves, tree = jax.tree.flatten(score)
         part = _divisor(self.tile[1] * view.keys, LANES, PART)
         rows = Rows(*q.shape[:4], view.groups, min(LANES, part))
-        names = (*sorted(self.mask.fields | score.reads or {"position"}), *[HEAD] * (view.keys > 1))
         ragged = not self.page and k.shape[1] % self.tile[1]
+        read = self.mask.fields | score.reads | ({INSIDE} if ragged else set())
+        names = (*sorted(read or {"position"}), *[HEAD] * (view.keys > 1))
         cut = _divisor(rows.per_group, SUBLANES, LANES), part
         ranks = tuple(x.ndim for x in leaves)
         how = How(is_plain(score), tree, ranks, names, cut, rows.per_group, k.shape[1] * view.keys * bool(ragged))
