@@ -71,18 +71,18 @@ def test_results_and_gradients_obey_the_bound(text, queries):
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "queries", "width", "value_width", "dtype"),
     [
-        pytest.param(4, 2, 2, 64, 64, "float32", marks=pytest.mark.long),  # tokens on lanes
+        pytest.param(4, 2, 2, 64, 64, "float32", marks=pytest.mark.slow),  # tokens on lanes
         (4, 2, 2, 80, 96, "bfloat16"),
-        pytest.param(4, 1, 2, 96, 80, "float32", marks=pytest.mark.long),
-        pytest.param(2, 2, 1, 192, 128, "float32", marks=pytest.mark.long),  # only of the keys
-        pytest.param(3, 3, 2, 256, 64, "float32", marks=pytest.mark.long),
+        pytest.param(4, 1, 2, 96, 80, "float32", marks=pytest.mark.slow),
+        pytest.param(2, 2, 1, 192, 128, "float32", marks=pytest.mark.slow),  # only of the keys
+        pytest.param(3, 3, 2, 256, 64, "float32", marks=pytest.mark.slow),
         (6, 3, 2, 128, 128, "bfloat16"),  # heads one by one
         (4, 2, 2, 128, 128, "float32"),  # heads woven
         (8, 8, 1, 128, 256, "bfloat16"),
-        pytest.param(24, 24, 1, 128, 128, "float32", marks=pytest.mark.long),
+        pytest.param(24, 24, 1, 128, 128, "float32", marks=pytest.mark.slow),
         (16, 8, 16, 128, 128, "bfloat16"),  # in groups that share a word
-        pytest.param(40, 4, 3, 128, 128, "float32", marks=pytest.mark.long),
-        pytest.param(72, 2, 1, 128, 128, "bfloat16", marks=pytest.mark.long),
+        pytest.param(40, 4, 3, 128, 128, "float32", marks=pytest.mark.slow),
+        pytest.param(72, 2, 1, 128, 128, "bfloat16", marks=pytest.mark.slow),
     ],
 )
 def test_shapes(heads, kv_heads, queries, width, value_width, dtype):
@@ -98,7 +98,7 @@ SOON = ("plain", "t5 bidirectional=False", "composed")
 @pytest.mark.parametrize(
     ("case", "width"),
     [
-        pytest.param(case, width, marks=[] if case.name in SOON and width == 16 else pytest.mark.long)
+        pytest.param(case, width, marks=[] if case.name in SOON and width == 16 else pytest.mark.slow)
         for case in CASES
         for width in (16, 128)
     ],
@@ -233,9 +233,9 @@ class TestPages:
     @pytest.mark.parametrize(
         ("page", "heads", "kv_heads", "queries", "width", "dtype"),
         [
-            pytest.param(8, 4, 2, 3, 128, "float32", marks=pytest.mark.long),
+            pytest.param(8, 4, 2, 3, 128, "float32", marks=pytest.mark.slow),
             (16, 16, 8, 1, 128, "bfloat16"),
-            pytest.param(16, 16, 8, 16, 128, "float32", marks=pytest.mark.long),
+            pytest.param(16, 16, 8, 16, 128, "float32", marks=pytest.mark.slow),
             (64, 6, 3, 2, 128, "float32"),
             (128, 4, 2, 2, 64, "float32"),
             (128, 4, 2, 2, 80, "bfloat16"),

@@ -45,7 +45,7 @@ def test_padded_blocks_and_bfloat16():
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", ["alibi", "composed"])
+@pytest.mark.parametrize("name", [pytest.param("alibi", marks=pytest.mark.slow), "composed"])
 def test_scores(name):
     system, problem = System(FUSED, Ring(mesh(sequence=2)), Striped(2, 8)), problem_of(64, heads=2, kv_heads=1)
     case = next(x for x in score_oracle.all_cases(np.random.default_rng(0), 2) if x.name == name)
@@ -113,11 +113,11 @@ class TestRaces:
             np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
 
     @pytest.mark.parametrize("mask", MASKS, ids=str)
-    @pytest.mark.parametrize("tiled", [Watched, *(pytest.param(x, marks=pytest.mark.long) for x in (Eager, TwoCores))])
+    @pytest.mark.parametrize("tiled", [Watched, *(pytest.param(x, marks=pytest.mark.slow) for x in (Eager, TwoCores))])
     def test_none_on_four_devices(self, tiled, mask):
         self.check(tiled, 4, mask)
 
-    @pytest.mark.long
+    @pytest.mark.slow
     def test_none_on_eight_devices(self):
         self.check(Watched, 8)
 
