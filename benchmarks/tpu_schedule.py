@@ -5,8 +5,8 @@
 
 Needs the compiler of TPUs: pip install "striate[tpu]". Rivals: the splash attention of jax, and that of tokamax where
 it is installed, each at its best block sizes: --all tries every one, else it is those that were best for
-benchmarks/results/tpu-schedule.json, or a handful where that has none. tokamax's takes exponentials of base 2, as it
-does by default; an "s" after block sizes says that its experimental scheduler was on.
+benchmarks/results/tpu-schedule.json, for that width or for another, or a handful where that has none. tokamax's takes
+exponentials of base 2, as it does by default; an "s" after block sizes says that its experimental scheduler was on.
 
 A bundle is what a core issues in one cycle if nothing stalls. "bound" is the fewest bundles that hold the matrix work
 that was issued; "limit" is the cycles that the matrix units take for it at their peak rate, heads being padded to the
@@ -198,10 +198,11 @@ def splash_cases(kernel: str, width: int, blocks: tuple[int, int, int], schedule
 
 
 def rivals(chip: str, width: int, everything: bool) -> Iterator[Case]:
-    """All there is to compile; or what was best when all was; or a handful, where that is not known."""
+    """All there is to compile; or what was best when all was, at any width; or a handful, where that is not known."""
     rows = json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() and not everything else []
     for kernel in ("jax", *["tokamax"] * has_tokamax()):
-        known = [row for row in rows if (row["chip"], row["width"], row["kernel"]) == (chip, width, kernel)]
+        known = [row for row in rows if (row["chip"], row["kernel"]) == (chip, kernel)]
+        known = [row for row in known if row["width"] == width] or known
         wanted = {(row["direction"], row["kind"], row["blocks"]) for row in known}
         for blocks, scheduler in itertools.product(ALL_BLOCKS, (False, True) if kernel == "tokamax" else (False,)):
             for case in splash_cases(kernel, width, blocks, scheduler):

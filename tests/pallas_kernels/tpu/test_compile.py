@@ -90,6 +90,13 @@ def test_other_widths_and_float32_compile(width, dtype):
 
 
 @pytest.mark.tpu
+@pytest.mark.parametrize("width", [128, 256])
+def test_float32_fits_the_smallest_memory(width):
+    shapes = arrays(2048, width=width, dtype=jnp.dtype("float32"))
+    plan.compile_for("v4:2x2x1", both_passes(masks.causal(), scores.plain()), *shapes)
+
+
+@pytest.mark.tpu
 def test_lists_of_a_million_tokens_fit():
     # 1024 x 1024 blocks are more than the memory of the scalar core holds at a time.
     shapes = arrays(2**20, heads=1, kv_heads=1)
