@@ -190,7 +190,7 @@ class Local:
     def forward(self, task, score, q_BTHD, k_BSKD, v_BSKV, q_tokens, k_tokens):
         kv_heads, length = k_BSKD.shape[2], q_BTHD.shape[1]
         problem = task.plan_attend(q_BTHD, k_BSKD)
-        q = problem.queries(q_BTHD, kv_heads)
+        q = problem.queries(score, q_BTHD, kv_heads)
         k, v = (problem.keys_or_values(x) for x in (k_BSKD, v_BSKV))
         sides = problem.sides(score, q_tokens, k_tokens)
         out, lse = problem.attend(score, q, k, v, *sides)
@@ -200,7 +200,7 @@ class Local:
         kv_heads, (length, keys) = k_BSKD.shape[2], (q_BTHD.shape[1], k_BSKD.shape[1])
         problem = task.plan(q_BTHD, k_BSKD)
         q, (d_out, lse, delta) = (
-            problem.queries(q_BTHD, kv_heads),
+            problem.queries(score, q_BTHD, kv_heads),
             (problem.rows(x, kv_heads) for x in (d_out, lse, delta)),
         )
         k, v = (problem.keys_or_values(x) for x in (k_BSKD, v_BSKV))

@@ -82,8 +82,8 @@ class Tiled:
     def choose_tile(cls, mask: masks.Mask, q_BTHD: jax.Array, k_BSKD: jax.Array) -> tuple[int, int]:
         raise NotImplementedError
 
-    def queries(self, q_BTHD: jax.Array, kv_heads: int) -> jax.Array:
-        """(B, T, H, D) to what the passes take as q, heads-major (B, K, G, padded T, D)."""
+    def queries(self, score: Score, q_BTHD: jax.Array, kv_heads: int) -> jax.Array:
+        """(B, T, H, D) to what the passes under that score take as q, heads-major (B, K, G, padded T, D)."""
         return self.rows(q_BTHD, kv_heads)
 
     def rows(self, x_BTHD: jax.Array, kv_heads: int) -> jax.Array:

@@ -84,7 +84,7 @@ class Ring(SequenceParallel):
         kv_heads, length = k.shape[2], q.shape[1]
         problem = task.plan(q, k)
         out_dtype, missed = v.dtype, self._missed(task.mask, query_fields, key_fields)
-        q = problem.queries(q, kv_heads)
+        q = problem.queries(score, q, kv_heads)
         query_fields, key_fields = problem.sides(score, query_fields, key_fields)
         block = self._key_block(problem, k, v, key_fields)
         if problem.fused and self._farthest:
@@ -114,7 +114,7 @@ class Ring(SequenceParallel):
         kv_heads, (length, keys) = k.shape[2], (q.shape[1], k.shape[1])
         problem = task.plan(q, k)
         rows = tuple(problem.rows(x, kv_heads) for x in (d_out, lse, delta))
-        q = problem.queries(q, kv_heads)
+        q = problem.queries(score, q, kv_heads)
         query_fields, key_fields = problem.sides(score, query_fields, key_fields)
         block = self._key_block(problem, k, v, key_fields)
         if problem.fused and self._farthest:

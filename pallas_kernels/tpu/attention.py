@@ -1,9 +1,9 @@
 """Exact attention on a TPU: both passes as kernels over lists of live blocks.
 
 The algebra is that of lib/blockwise.py, in powers of two: queries come scaled by scale log2(e), so that
-exp(s - m) = 2^(s' - m'). A tile is cut into parts, so that what one part waits for (the matrix unit's latency, the
-greatest logit of a row) passes while another is computed: the products of the next part are issued before the softmax
-of this one.
+exp(s - m) = 2^(s' - m'); under a score they come as they are, and the logits are scaled. A tile is cut into parts, so
+that what one part waits for (the matrix unit's latency, the greatest logit of a row) passes while another is computed:
+the products of the next part are issued before the softmax of this one.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from striate.pallas_kernels.tpu import backward, forward
 from striate.pallas_kernels.tpu.blocks import blocks
 from striate.pallas_kernels.tpu.chips import LANES
 from striate.pallas_kernels.tpu.decode import Decode
-from striate.pallas_kernels.tpu.parts import LOG2E
+from striate.pallas_kernels.tpu.parts import LOG2E, scaled
 from striate.pallas_kernels.tpu.steps import live_steps, over_segments, quarters
 
 
@@ -42,8 +42,8 @@ class Kernel(Tiled):
             return Decode.over(mask, scale, q_BTHD, k_BSKD, cls.interpret)
         return super().plan_attend(mask, scale, q_BTHD, k_BSKD)
 
-    def queries(self, q_BTHD, kv_heads):
-        return self.rows((self.scale * LOG2E * q_BTHD.astype(jnp.float32)).astype(q_BTHD.dtype), kv_heads)
+    def queries(self, score, q_BTHD, kv_heads):
+        return self.rows(scaled(score, self.scale, q_BTHD), kv_heads)
 
     def forward(self, score, q, k, v, query_fields, key_fields, partial):
         maximum, total, weighted = map(flatten, partial)

@@ -27,7 +27,6 @@ from striate.pallas_kernels.tpu.chips import LANES
 from striate.pallas_kernels.tpu.gathered import Gathered
 from striate.pallas_kernels.tpu.parts import (
     LN2,
-    LOG2E,
     NN,
     NT,
     TN,
@@ -132,11 +131,12 @@ class Steps(NamedTuple):
             pltpu.VMEM((k_tile, v.shape[3]), jnp.float32),
             *Gathered.scratch_shapes((q_tile, width)),
         ]
-        body = functools.partial(_step, kernel.mask, is_plain(score), rebuild, len(leaves), names, parts, per_row)
+        scale = None if is_plain(score) else kernel.scale
+        body = functools.partial(_step, kernel.mask, scale, rebuild, len(leaves), names, parts, per_row)
         return cls(body, leaves, of_given, of_gradients, of_shares, shares, scratch_shapes)
 
 
-def _step(mask, plain, rebuild, leaf_count, names, parts, per_row, first_head, row_ref, code_ref, *refs):
+def _step(mask, scale, rebuild, leaf_count, names, parts, per_row, first_head, row_ref, code_ref, *refs):
     q_ref, d_out_ref, lse_ref, delta_ref, k_ref, v_ref, query_ref, key_ref, *refs = refs
     leaf_refs, (_, _, _, dq_hbm, dk_out, dv_out, *refs) = refs[:leaf_count], refs[leaf_count:]
     share_refs, (column_ref, dk_ref, dv_ref, *gathered) = refs[:leaf_count], refs[leaf_count:]
@@ -175,19 +175,20 @@ def _step(mask, plain, rebuild, leaf_count, names, parts, per_row, first_head, r
             query = {n: query_ref[i : i + 1, rows] for i, n in enumerate(names)}
             key = {n: spread(column_ref[i, keys], s.shape[1]) for i, n in enumerate(names)}
             weight = None
-            if not plain:
+            if scale is not None:
                 (s, weight), pull = jax.vjp(
-                    lambda s, *blocks: scored(rebuild(blocks), s, query, key), s, *[ref[...] for ref in leaf_refs]
+                    lambda s, *blocks: scored(rebuild(blocks), s, query, key),
+                    scale * s,
+                    *[ref[...] for ref in leaf_refs],
                 )
             if masked:
                 query[None], key[None] = jnp.zeros((1, s.shape[1]), jnp.int32), jnp.zeros(s.shape, jnp.int32)
                 s = mask.select(query, key, s, -jnp.inf)
             p = jnp.exp2(s - lse_ref[:, rows])
             ds = p * ((dp if weight is None else dp * weight) - delta_ref[:, rows])
-            if not plain:
-                # The score takes and gives powers of two; a logit's gradient is asked for in natural units.
+            if scale is not None:
+                # The score gives powers of two.
                 ds, *shares = pull((LN2 * ds, None if weight is None else p * dp))
-                ds = LOG2E * ds
                 for ref, share in zip(share_refs, shares, strict=True):
                     ref[member] += share[0]
             return (p if weight is None else p * weight).astype(v_ref.dtype), ds.astype(k_ref.dtype)
@@ -204,7 +205,7 @@ def _step(mask, plain, rebuild, leaf_count, names, parts, per_row, first_head, r
 
     @pl.when((flags & LAST != 0) & (member == group - 1))
     def _():
-        dk_out[...] = (LN2 * dk_ref[...]).astype(dk_out.dtype)
+        dk_out[...] = ((LN2 if scale is None else scale) * dk_ref[...]).astype(dk_out.dtype)
         dv_out[...] = dv_ref[...].astype(dv_out.dtype)
 
     dq.leave(place(0), place(1), end)

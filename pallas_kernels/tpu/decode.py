@@ -40,6 +40,7 @@ from striate.pallas_kernels.tpu.parts import (
     is_plain,
     like,
     product,
+    scaled,
     scored,
     spread,
 )
@@ -104,8 +105,8 @@ class Decode(Tiled):
             mask = mask & key(INSIDE, 1, 1)
         return cls(mask, scale, (q_BTHD.shape[1], slots * page), interpret, page)
 
-    def queries(self, q_BTHD, kv_heads):
-        return self.rows((self.scale * LOG2E * q_BTHD.astype(jnp.float32)).astype(q_BTHD.dtype), kv_heads)
+    def queries(self, score, q_BTHD, kv_heads):
+        return self.rows(scaled(score, self.scale, q_BTHD), kv_heads)
 
     def keys_or_values(self, x_BSKD):
         return x_BSKD
@@ -118,7 +119,7 @@ class Decode(Tiled):
           table: int32 (B, n), the pages of a row; those that the mask hides are not looked at.
           q_tokens, k_tokens: fields (B, T) and (B, n page).
         """
-        q, length = self.queries(q_BTHD, k_pages.shape[2]), q_BTHD.shape[1]
+        q, length = self.queries(score, q_BTHD, k_pages.shape[2]), q_BTHD.shape[1]
         table = jnp.pad(table, ((0, 0), (0, -table.shape[1] % self.slots)))
         arrays = score, q, k_pages, v_pages, *self.sides(score, q_tokens, k_tokens)
         done = self.forward(*arrays, Partial.empty(q, v_pages.shape[3]), table).finish(score.normalised)
@@ -370,7 +371,9 @@ def _step(kernel: Decode, view: View, how: How, row_ref, code_ref, _, q_ref, *re
             if masked and how.end:
                 # Past the end of the cache lies anything, also NaN: a weight of it would stay where p is 0.
                 s = jnp.where(jnp.broadcast_to(key[INSIDE], s.shape) == 1, s, 0.0)
-            s, weight = (s, None) if how.plain else scored(_score(how, leaf_refs, rows, width), s, query, key)
+            weight = None
+            if not how.plain:
+                s, weight = scored(_score(how, leaf_refs, rows, width), kernel.scale * s, query, key)
             if mask is not None:
                 # Comparisons have the shape of a part then: booleans cannot be spread as integers can.
                 query[None], key[None] = jnp.zeros(s.shape, jnp.int32), jnp.zeros((1, width), jnp.int32)

@@ -114,8 +114,9 @@ class Steps(NamedTuple):
             *[pltpu.VMEM((q_tile, lanes), jnp.float32)] * 2,
             pltpu.VMEM((q_tile, v.shape[3]), jnp.float32),
         ]
+        scale = None if is_plain(score) else kernel.scale
         ends = (_resume, _pause) if resume else (_begin, _finish)
-        body = functools.partial(_step, kernel.mask, is_plain(score), rebuild, len(leaves), names, parts, *ends)
+        body = functools.partial(_step, kernel.mask, scale, rebuild, len(leaves), names, parts, *ends)
         return cls(body, leaves, of_given, [number, number, array] if resume else [array, number], scratch_shapes)
 
 
@@ -151,7 +152,7 @@ def _pause(sums: Sums, maximum, total, weighted):
     weighted[...] = sums.weighted[...]
 
 
-def _step(mask, plain, rebuild, leaf_count, names, parts, begin, end, row_ref, code_ref, q_ref, k_ref, v_ref, *refs):
+def _step(mask, scale, rebuild, leaf_count, names, parts, begin, end, row_ref, code_ref, q_ref, k_ref, v_ref, *refs):
     query_ref, key_ref, *refs = refs
     leaf_refs, (*results, column_ref, m_ref, l_ref, acc_ref) = refs[:leaf_count], refs[leaf_count:]
     before, after = results[: len(results) // 2], results[len(results) // 2 :]
@@ -172,7 +173,7 @@ def _step(mask, plain, rebuild, leaf_count, names, parts, begin, end, row_ref, c
         def softmax(rows, keys, s):
             query = {n: spread(column_ref[i, rows], s.shape[1]) for i, n in enumerate(names)}
             key = {n: key_ref[i : i + 1, keys] for i, n in enumerate(names)}
-            s, weight = (s, None) if plain else scored(score, s, query, key)
+            s, weight = (s, None) if scale is None else scored(score, scale * s, query, key)
             if masked:
                 # Comparisons have the shape of a part then: booleans cannot be spread as integers can.
                 query[None], key[None] = jnp.zeros(s.shape, jnp.int32), jnp.zeros((1, s.shape[1]), jnp.int32)

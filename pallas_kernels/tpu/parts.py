@@ -38,9 +38,17 @@ def in_turn(places: list, ahead: int, first, second, third) -> None:
             third(*places[done], *second(*places[done], begun.pop(done)))
 
 
+def scaled(score: Score, scale: float, q: jax.Array) -> jax.Array:
+    """Queries whose products with keys are logits in powers of two, where the score is plain; else as they are.
+
+    To scale them is to round them again, which no score shall see that may be steep somewhere: it scales the products.
+    """
+    return (scale * LOG2E * q.astype(jnp.float32)).astype(q.dtype) if is_plain(score) else q
+
+
 def scored(score: Score, s, query, key):
-    """(t, w) for logits in powers of two, t as well."""
-    t, weight = score.tile(LN2 * s, query, key)
+    """(t in powers of two, w) for logits."""
+    t, weight = score.tile(s, query, key)
     return LOG2E * t, weight
 
 

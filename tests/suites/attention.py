@@ -28,9 +28,7 @@ LENGTH = 208
 # Reads every kind of field, keeps documents apart, and leaves queries that see nothing and keys that nobody sees.
 RULE = masks.parse("causal() & same('document') & (window(40) | sink(3)) | prefix() & same('document')")
 # Of the greatest magnitude (oracles.attention.magnitudes): one unit in the last place of the float32 in which all is
-# accumulated; for bfloat16 inputs a quarter of their unit, since two factors of the products are rounded to it. Over
-# the terms of a product roundings average; where heads are 1 wide there is one term, which may be off by half a unit (a
-# kernel that scales its queries before the product rounds them).
+# accumulated; for bfloat16 inputs a quarter of their unit, since two factors of the products are rounded to it.
 # Gradients start from exp(t - lse) with lse rounded to float32, half a unit of |lse|, so they get as much more.
 ORDERS = 8  # of the tokens, in which the dense reference is computed at most
 UNIT = float(jnp.finfo(jnp.float32).eps)
@@ -191,8 +189,6 @@ def reference_errors(mask: masks.Mask, problem: Problem, true: oracle.Truth, sco
 def check_errors(got, true, sizes, problem: Problem, references) -> None:
     """Of `references` only as many are computed as it takes."""
     floor = FLOOR[problem.q.dtype.name]
-    if problem.q.dtype == jnp.bfloat16 and problem.q.shape[-1] == 1:
-        floor *= 2
     rounded_lse = UNIT / 2 * np.abs(true.lse, where=np.isfinite(true.lse), out=np.zeros(true.lse.shape)).max()
     found, sizes = errors(got, true), arrays(sizes)
     share = {name: floor if name in ("out", "lse") else floor + rounded_lse for name in found}
