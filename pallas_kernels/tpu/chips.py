@@ -33,7 +33,7 @@ def vmem() -> int:
 
 
 def cores() -> int:
-    """How many tensor cores are one device of that chip: 2 on v4 and v5p."""
+    """How many tensor cores are one device: 2 on v5p, as described topologies have it, where v4 gives each its own."""
     return _device().num_cores or 1
 
 

@@ -1,9 +1,9 @@
 """The lists of live blocks that the grids of the kernels walk: a block that a mask hides costs no step and no copy.
 
 A step is two numbers that the scalar core reads ahead: a row, and a code of a column and of what there is to do, down
-to the quarters of a block that the mask cuts. Rows
-are what stays while a result is gathered (blocks of queries forward, blocks of keys backward), counted over the batch;
-columns are the blocks that pass by. The verdicts come from the Tokens inside the program, hence lists may be traced.
+to the quarters of a block that the mask cuts. Rows are what stays while a result is gathered (blocks of queries
+forward, blocks of keys backward), counted over the batch; columns are the blocks that pass by. The verdicts come from
+the Tokens inside the program, hence lists may be traced.
 
 The memory of the scalar core is small, and a million tokens have a million blocks: rows are taken in segments, one
 call of the kernel each, whose lists are never longer than `LONGEST`.

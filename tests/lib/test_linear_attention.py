@@ -9,7 +9,7 @@ import pytest
 
 from oracles.linear import Problem, recurrence
 from striate import Tokens, UserError
-from striate.lib.linear_attention import State, linear_attention
+from striate.lib.linear_attention import linear_attention
 
 DECAYS = ("none", "head", "token", "channel")
 KINDS = [("sum", False, decay) for decay in DECAYS] + [("sum", True, "token"), ("sum", True, "channel")]
@@ -166,8 +166,3 @@ def test_bad_input_is_answered(change, answer):
         attend(problem("sum", False, "none")._replace(**change))
     with pytest.raises(UserError, match="chunk is 0"):
         attend(problem("sum", False, "none"), chunk=0)
-
-
-def test_a_state_is_a_state():
-    _, state = attend(problem("sum", False, "none"))
-    assert isinstance(state, State) and state.memory.dtype == jnp.float32

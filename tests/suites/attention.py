@@ -27,10 +27,10 @@ TILE = 24
 LENGTH = 208
 # Reads every kind of field, keeps documents apart, and leaves queries that see nothing and keys that nobody sees.
 RULE = masks.parse("causal() & same('document') & (window(40) | sink(3)) | prefix() & same('document')")
+ORDERS = 8  # of the tokens, in which the dense reference is computed at most
 # Of the greatest magnitude (oracles.attention.magnitudes): one unit in the last place of the float32 in which all is
 # accumulated; for bfloat16 inputs a quarter of their unit, since two factors of the products are rounded to it.
 # Gradients start from exp(t - lse) with lse rounded to float32, half a unit of |lse|, so they get as much more.
-ORDERS = 8  # of the tokens, in which the dense reference is computed at most
 UNIT = float(jnp.finfo(jnp.float32).eps)
 FLOOR = {"float32": 1.0 * UNIT, "bfloat16": 0.25 * float(jnp.finfo(jnp.bfloat16).eps)}
 
