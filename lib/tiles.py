@@ -24,7 +24,11 @@ LOWEST = -1e30
 
 
 class Partial(NamedTuple):
-    """Attention over the keys seen so far, unnormalised: what travels between tiles and between ring steps. float32."""
+    """Attention over the keys seen so far, unnormalised: what travels between tiles and between ring steps. float32.
+
+    Logits are in units of `Tiled.unit`, and exp of that base: a maximum that changed its unit on the way would be
+    rounded, and l and acc would no longer be those of it.
+    """
 
     maximum: jax.Array  # (B, K, G, T) m, greatest logit so far
     total: jax.Array  # (B, K, G, T) l, sum of exp(logit - m)
@@ -35,14 +39,14 @@ class Partial(NamedTuple):
         none = zeros(q_BKGTD.shape[:-1], q_BKGTD)
         return cls(none + LOWEST, none, zeros((*none.shape, value_width), q_BKGTD))
 
-    def finish(self, normalised: bool = True) -> tuple[jax.Array, jax.Array]:
+    def finish(self, unit: float, normalised: bool) -> tuple[jax.Array, jax.Array]:
         """(out float32 (B, K, G, T, V), lse (B, K, G, T)); a row that saw nothing gives 0 and -inf."""
         seen = self.total > 0
-        total = jnp.where(seen, self.total, 1.0)
-        lse = jnp.where(seen, self.maximum + jnp.log(total), -jnp.inf)
+        total, maximum = jnp.where(seen, self.total, 1.0), unit * self.maximum
+        lse = jnp.where(seen, maximum + jnp.log(total), -jnp.inf)
         if normalised:
             return self.weighted / total[..., None], lse
-        return self.weighted * jnp.where(seen, jnp.exp(self.maximum), 0.0)[..., None], lse
+        return self.weighted * jnp.where(seen, jnp.exp(maximum), 0.0)[..., None], lse
 
 
 INSIDE = "_inside"
@@ -57,9 +61,11 @@ class Tiled:
       scale: factor of the logits.
       tile: lengths of a block of queries and of a block of keys.
       fused: whether it has `ring_forward` and `ring_backward`, passes around a ring as one program.
+      unit: of the logits in a Partial: 1, or ln 2 where weights are powers of two.
     """
 
     fused: ClassVar[bool] = False
+    unit: ClassVar[float] = 1.0
 
     mask: masks.Mask
     scale: float
@@ -119,7 +125,8 @@ class Tiled:
     def attend(self, score: Score, q, k, v, query_fields, key_fields) -> tuple[jax.Array, jax.Array]:
         """(out (B, K, G, T, V), lse float32 (B, K, G, T)) where these are all the keys. Arguments as in `forward`."""
         partial = Partial.empty(q, v.shape[-1])
-        return self.forward(score, q, k, v, query_fields, key_fields, partial).finish(score.normalised)
+        partial = self.forward(score, q, k, v, query_fields, key_fields, partial)
+        return partial.finish(self.unit, score.normalised)
 
     def ring_forward(self, axis: str, shards: int, farthest: int, score: Score, q, k, v, query_fields, key_fields):
         """As `forward`, from nothing, over the keys of the devices of a mesh axis at offsets 0 to the farthest."""

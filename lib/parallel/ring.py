@@ -91,7 +91,7 @@ class Ring(SequenceParallel):
             partial = problem.ring_forward(*self._span, score, q, *block[:2], query_fields, block[2])
         else:
             partial = self._forward(problem, score, q, block, query_fields)
-        out, lse = partial.finish(score.normalised)
+        out, lse = partial.finish(problem.unit, score.normalised)
         out = jnp.where(missed, jnp.nan, natural(out, length))
         return out.astype(out_dtype), natural(lse, length)
 

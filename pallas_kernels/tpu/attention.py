@@ -21,7 +21,7 @@ from striate.pallas_kernels.tpu import backward, forward
 from striate.pallas_kernels.tpu.blocks import blocks
 from striate.pallas_kernels.tpu.chips import LANES
 from striate.pallas_kernels.tpu.decode import Decode
-from striate.pallas_kernels.tpu.parts import LOG2E, scaled
+from striate.pallas_kernels.tpu.parts import LN2, LOG2E, scaled
 from striate.pallas_kernels.tpu.steps import live_steps, over_segments, quarters
 
 
@@ -30,6 +30,7 @@ class Kernel(Tiled):
     """Attention by the kernels of forward.py and backward.py."""
 
     interpret: ClassVar[Any] = False
+    unit: ClassVar[float] = LN2
 
     @classmethod
     def choose_tile(cls, mask, q_BTHD, k_BSKD):

@@ -19,7 +19,7 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +32,6 @@ from striate.lib.tiles import INSIDE, Partial, Tiled, block_length, natural
 from striate.pallas_kernels.tpu.chips import LANES
 from striate.pallas_kernels.tpu.parts import (
     LN2,
-    LOG2E,
     NN,
     NT,
     compiler_params,
@@ -64,6 +63,7 @@ class Decode(Tiled):
       page: tokens of a page, a divisor of a block of keys, where they lie in pages; else 0.
     """
 
+    unit: ClassVar[float] = LN2
     interpret: Any = False
     page: int = 0
 
@@ -122,8 +122,8 @@ class Decode(Tiled):
         q, length = self.queries(score, q_BTHD, k_pages.shape[2]), q_BTHD.shape[1]
         table = jnp.pad(table, ((0, 0), (0, -table.shape[1] % self.slots)))
         arrays = score, q, k_pages, v_pages, *self.sides(score, q_tokens, k_tokens)
-        done = self.forward(*arrays, Partial.empty(q, v_pages.shape[3]), table).finish(score.normalised)
-        return tuple(natural(x, length) for x in done)
+        partial = self.forward(*arrays, Partial.empty(q, v_pages.shape[3]), table)
+        return tuple(natural(x, length) for x in partial.finish(self.unit, score.normalised))
 
     def forward(self, score, q, k, v, query_fields, key_fields, partial, table=None):
         """As for every Tiled; with `table`, int32 (B, pages of whole blocks), k and v are pages."""
@@ -270,13 +270,13 @@ class Rows(NamedTuple):
         return self.flat(jnp.broadcast_to(x, (*shape, self.length)))
 
     def sums(self, partial: Partial):
-        """m, in powers of two in all lanes; l, a sum for every lane; acc."""
+        """m, in all lanes; l, a sum for every lane; acc."""
         maximum, total, weighted = map(self.flat, partial)
-        return self.planes(LOG2E * maximum), jnp.pad(total[..., None], [(0, 0)] * 2 + [(0, self.lanes - 1)]), weighted
+        return self.planes(maximum), jnp.pad(total[..., None], [(0, 0)] * 2 + [(0, self.lanes - 1)]), weighted
 
     def partial(self, sums) -> Partial:
         maximum, total, weighted = sums
-        return Partial(self.heads(LN2 * maximum[..., 0]), self.heads(total.sum(-1)), self.heads(weighted))
+        return Partial(self.heads(maximum[..., 0]), self.heads(total.sum(-1)), self.heads(weighted))
 
 
 class _Table(NamedTuple):

@@ -15,6 +15,7 @@ import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
@@ -24,7 +25,6 @@ from striate.pallas_kernels.tpu.blocks import blocks
 from striate.pallas_kernels.tpu.chips import LANES
 from striate.pallas_kernels.tpu.parts import (
     LN2,
-    LOG2E,
     NN,
     NT,
     column,
@@ -142,13 +142,16 @@ def _finish(sums: Sums, out, lse):
 
 
 def _resume(sums: Sums, maximum, total, weighted):
-    lanes = sums.maximum.shape[1]
-    sums.maximum[...], sums.total[...] = LOG2E * column(maximum[...], lanes), column(total[...], lanes) / lanes
+    shape = sums.maximum.shape
+    # In one lane alone: a sum over lanes that are all alike rounds the same way again and again.
+    first = jax.lax.broadcasted_iota(jnp.int32, shape, 1) == 0
+    sums.maximum[...] = column(maximum[...], shape[1])
+    sums.total[...] = jnp.where(first, column(total[...], shape[1]), 0.0)
     sums.weighted[...] = weighted[...]
 
 
 def _pause(sums: Sums, maximum, total, weighted):
-    maximum[...], total[...] = LN2 * sums.maximum[...].T[:1], sums.total[...].T.sum(0, keepdims=True)
+    maximum[...], total[...] = sums.maximum[...].T[:1], sums.total[...].T.sum(0, keepdims=True)
     weighted[...] = sums.weighted[...]
 
 
