@@ -27,17 +27,17 @@ from tpu_schedule import CHIPS, PASSES, Case, measure, ours
 from striate.pallas_kernels.tpu.blocks import FILE, Blocks, Parts
 from striate.pallas_kernels.tpu.chips import target
 
-# Largest first; a head wider than 128 takes as much less.
+# Largest first; a head wider than 256 takes as much less.
 TILES = ((2048, 1024), (1024, 2048), (1024, 1024), (1024, 512), (512, 512))
 PARTS = (Parts(256, 1024, 0), Parts(256, 1024, 1), Parts(512, 512, 1), Parts(512, 1024, 0), Parts(1024, 512, 0))
-PARTS += (Parts(1024, 512, 1), Parts(512, 512, 0), Parts(256, 512, 1))
+PARTS += (Parts(1024, 512, 1), Parts(512, 512, 0), Parts(256, 512, 1), Parts(512, 1024, 1), Parts(1024, 1024, 1))
 MASKED = 0.25  # of all tiles, in what is ranked
 TIE = 1e-3  # what a bundle counts where the matrix units are waited for anyway
 
 
 def candidates(width: int) -> Iterator[Blocks]:
     """Tiles that may fit, each with every way to cut it; both passes are cut alike, and judged apart."""
-    largest = 2**21 * 128 // max(width, 128)
+    largest = 2**21 * 256 // max(width, 256)
     for tile in (tile for tile in TILES if largest // 2 <= tile[0] * tile[1] <= largest):
         for parts in (parts for parts in PARTS if parts.queries <= tile[0] and parts.keys <= tile[1]):
             yield Blocks(tile, parts, parts)

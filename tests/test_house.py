@@ -19,8 +19,8 @@ OUTSIDE_THE_PACKAGE = {"benchmarks", "build", "dist", "docs", "notebooks", "runs
 MADE_BY_TOOLS = {"build", "dist", "runs", "striate.egg-info", "__pycache__"}
 
 # From the bottom up: a file may import its own stair and those below it. Prefixes of dotted paths from the root.
-LANGUAGE = ("errors", "layouts", "masks", "ngrams", "positions", "scores", "text", "tiles", "tokens")
-MIXERS = ("attention", "blockwise", "convolution", "cope", "linear_attention", "routing")
+LANGUAGE = ("errors", "layouts", "masks", "ngrams", "positions", "recurrence", "scores", "text", "tiles", "tokens")
+MIXERS = ("attention", "blockwise", "chunks", "convolution", "cope", "linear_attention", "routing")
 STAIRCASE = {
     "language": ("lib.__init__", *(f"lib.{name}" for name in LANGUAGE)),
     "kernels": ("pallas_kernels",),

@@ -20,8 +20,11 @@ class Parts(NamedTuple):
     ahead: int
 
     def of(self, rows: slice, keys: slice) -> Parts:
-        """Those of some rows and keys of a tile: no longer, and dividing them."""
-        queries, length = (_divisor(x.stop - x.start, most) for x, most in ((rows, self.queries), (keys, self.keys)))
+        """Those of some rows and keys of a tile: no longer, dividing them, and two at least where one is ahead."""
+        whole = rows.stop - rows.start, keys.stop - keys.start
+        queries, length = map(_divisor, whole, self[:2])
+        if self.ahead and (queries, length) == whole:
+            queries = _divisor(queries, queries // 2)
         return Parts(queries, length, self.ahead)
 
 
