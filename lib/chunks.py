@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from striate.lib.recurrence import HIGHEST, Inputs, Recurrence, State, segments
+from striate.lib.recurrence import HIGHEST, Inputs, Recurrence, State, divided, running_sum, segments
 
 SUB = 16  # rows of a chunk that share a reference, where the decay is one a channel
 
@@ -58,7 +58,7 @@ def _one_chunk(rule: str, normalise: bool, read: bool, x: Inputs, segment, memor
     """
     size, out = segment.shape[1], None
     q, k, v = jnp.moveaxis(x.q, 1, 3), x.k.swapaxes(1, 2), x.v.swapaxes(1, 2)  # (B, K, G, C, D), (B, K, C, D | V)
-    b = jnp.zeros((*k.shape[:3], 1), k.dtype) if x.log_decay is None else _running_sum(x.log_decay, k, segment)
+    b = jnp.zeros((*k.shape[:3], 1), k.dtype) if x.log_decay is None else running_sum(x.log_decay, segment)
     together = (segment[:, :, None] == segment[:, None]) & jnp.tri(size, dtype=bool)[None]  # (B, C, C)
     goes_on, stays = (segment == 0)[:, None, :, None], (segment == segment[:, -1:])[:, None, :, None]
     entering, leaving = _exp(goes_on, b), _exp(stays, b[:, :, -1:] - b)  # (B, K, C, 1 | D)
@@ -109,30 +109,9 @@ def _solve(lower, x):
     return x
 
 
-def _running_sum(log_decay, k, segment):
-    """(B, K, C, 1 | D) of (B, C, K) or (B, C, K, D), from the beginning of the segment or of the chunk.
-
-    No sum holds, not even as a rounding error, what another document brings.
-    """
-    begins = jnp.concatenate([jnp.ones_like(segment[:, :1], bool), segment[:, 1:] != segment[:, :-1]], axis=1)
-    g = log_decay.reshape(*log_decay.shape[:3], -1).swapaxes(1, 2).astype(k.dtype)
-
-    def add(earlier, later):
-        (began, x), (begins, y) = earlier, later
-        return began | begins, jnp.where(begins, y, x + y)
-
-    begins = jnp.broadcast_to(begins[:, None, :, None], g.shape)
-    return jax.lax.associative_scan(add, (begins, g), axis=2)[1]
-
-
 def _exp(shown, x):
     """exp(x), 0 where not shown; never exp of what is not."""
     return jnp.exp(jnp.where(shown, x, -jnp.inf))
-
-
-def divided(out, weights):
-    weights = weights[..., None]
-    return jnp.where(weights == 0, 0.0, out / jnp.where(weights == 0, 1.0, weights))
 
 
 def _product(subscripts: str, a, b):

@@ -31,9 +31,9 @@ from typing import Protocol
 import jax
 import jax.numpy as jnp
 
-from striate.lib.chunks import SUB, Chunked, divided
+from striate.lib.chunks import SUB, Chunked
 from striate.lib.errors import UserError
-from striate.lib.recurrence import HIGHEST, Inputs, Recurrence, State
+from striate.lib.recurrence import HIGHEST, Inputs, Recurrence, State, divided
 from striate.lib.tokens import PADDING, Tokens
 
 RULES = ("sum", "delta")

@@ -122,6 +122,28 @@ def segments(document_BT: jax.Array, before_B: jax.Array):
     return filled, jnp.cumsum(filled != previous, axis=1, dtype=jnp.int32)
 
 
+def running_sum(log_decay, segment):
+    """(B, K, C, 1 | D) of (B, C, K) or (B, C, K, D), from the beginning of the segment (B, C) or of the chunk.
+
+    No sum holds, not even as a rounding error, what another document brings.
+    """
+    begins = jnp.concatenate([jnp.ones_like(segment[:, :1], bool), segment[:, 1:] != segment[:, :-1]], axis=1)
+    g = log_decay.reshape(*log_decay.shape[:3], -1).swapaxes(1, 2)
+
+    def add(earlier, later):
+        (began, x), (begins, y) = earlier, later
+        return began | begins, jnp.where(begins, y, x + y)
+
+    begins = jnp.broadcast_to(begins[:, None, :, None], g.shape)
+    return jax.lax.associative_scan(add, (begins, g), axis=2)[1]
+
+
+def divided(out, weights):
+    """out (..., V) by weights (...); 0 where these are 0."""
+    weights = weights[..., None]
+    return jnp.where(weights == 0, 0.0, out / jnp.where(weights == 0, 1.0, weights))
+
+
 def first_document(document_BT: jax.Array) -> jax.Array:
     """int32 (B,) of the first token that is not padding; PADDING where there is none."""
     real = document_BT != PADDING
