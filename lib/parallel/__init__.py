@@ -1,8 +1,21 @@
-"""How mixers cross devices: Ring, AllGather, Ulysses and RingUlysses for softmax attention, and the choice of one."""
+"""How mixers cross devices: Ring, AllGather, Ulysses and RingUlysses for softmax attention, and the choice of one;
+StateScan, ReorderedScan and ValueColumns for linear recurrences."""
 
 from striate.lib.parallel.choose import HARDWARE, Hardware, choose
 from striate.lib.parallel.gather import AllGather
 from striate.lib.parallel.ring import Ring
+from striate.lib.parallel.state_scan import ReorderedScan, StateScan, ValueColumns
 from striate.lib.parallel.ulysses import RingUlysses, Ulysses
 
-__all__ = ["HARDWARE", "AllGather", "Hardware", "Ring", "RingUlysses", "Ulysses", "choose"]
+__all__ = [
+    "HARDWARE",
+    "AllGather",
+    "Hardware",
+    "ReorderedScan",
+    "Ring",
+    "RingUlysses",
+    "StateScan",
+    "Ulysses",
+    "ValueColumns",
+    "choose",
+]

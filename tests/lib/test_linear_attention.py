@@ -8,53 +8,8 @@ import numpy as np
 import pytest
 
 from oracles.linear import Problem, recurrence
-from striate import Tokens, UserError
-from striate.lib.linear_attention import linear_attention
-
-DECAYS = ("none", "head", "token", "channel")
-KINDS = [("sum", False, decay) for decay in DECAYS] + [("sum", True, "token"), ("sum", True, "channel")]
-KINDS += [("delta", False, decay) for decay in DECAYS]
-
-
-def documents(rng, batch: int, length: int) -> np.ndarray:
-    """Ragged ones, with padding between and at the ends, and one whose number comes again."""
-    document = np.stack([np.sort(rng.integers(0, 5, length)) for _ in range(batch)])
-    document[document == 3] = 1
-    document[rng.random((batch, length)) < 0.1] = -1
-    return document.astype(np.int32)
-
-
-def problem(
-    rule, normalise, decay, seed=0, batch=2, length=75, heads=4, kv_heads=2, width=8, value_width=5, strength=1.0
-):
-    rng = np.random.default_rng(seed)
-
-    def normal(*shape):
-        return rng.normal(size=shape).astype(np.float32)
-
-    q, k = normal(batch, length, heads, width), normal(batch, length, kv_heads, width)
-    if normalise:
-        q, k = np.exp(q), np.exp(k)
-    if rule == "delta":
-        k /= np.linalg.norm(k, axis=-1, keepdims=True)
-    shapes = {"head": (kv_heads,), "token": (batch, length, kv_heads), "channel": (batch, length, kv_heads, width)}
-    g = None if decay == "none" else -strength * np.exp(normal(*shapes[decay]))
-    beta = rng.random((batch, length, kv_heads)).astype(np.float32) if rule == "delta" else None
-    v = normal(batch, length, kv_heads, value_width)
-    return Problem(rule, normalise, q, k, v, g, beta, documents(rng, batch, length))
-
-
-def attend(given: Problem, **how):
-    tokens = Tokens(position=np.zeros_like(given.document), document=given.document)
-    fixed = {"rule": given.rule, "normalise": given.normalise, "tokens": tokens, "return_state": True}
-    return linear_attention(given.q, given.k, given.v, log_decay=given.log_decay, beta=given.beta, **fixed, **how)
-
-
-def part(given: Problem, start: int, stop: int) -> Problem:
-    def cut(x):
-        return x if x is None or x.ndim < 2 else x[:, start:stop]
-
-    return Problem(*given[:2], *map(cut, given[2:]))
+from striate import UserError
+from suites.linear import KINDS, attend, check_gradients, part, problem
 
 
 @pytest.mark.parametrize(
@@ -72,23 +27,7 @@ def test_every_form_is_the_recurrence(kind, how):
 @pytest.mark.long
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_gradients_are_those_of_the_recurrence(kind):
-    given = problem(*kind)
-    names = [name for name in ("q", "k", "v", "log_decay", "beta") if getattr(given, name) is not None]
-    rng = np.random.default_rng(9)
-    d_out = rng.normal(size=(*given.q.shape[:3], given.v.shape[3]))
-    d_memory = rng.normal(size=(2, 2, *given.k.shape[3:], *given.v.shape[3:]))
-
-    def gradients(dtype, **how):
-        def loss(arrays):
-            out, state = attend(given._replace(**dict(zip(names, arrays, strict=True))), **how)
-            return (out * d_out.astype(dtype)).sum() + (state.memory * d_memory.astype(dtype)).sum()
-
-        return jax.jit(jax.grad(loss))([getattr(given, name).astype(dtype) for name in names])
-
-    with jax.enable_x64(True):
-        true = [np.asarray(x) for x in gradients(np.float64, implementation="reference")]
-    for name, got, want in zip(names, gradients(np.float32, chunk=32), true, strict=True):
-        np.testing.assert_allclose(got, want, rtol=1e-5, atol=2e-5 * abs(want).max(), err_msg=name)
+    check_gradients(problem(*kind), chunk=32)
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
