@@ -34,10 +34,11 @@ import jax.numpy as jnp
 from striate.lib.chunks import SUB, Chunked
 from striate.lib.errors import UserError
 from striate.lib.recurrence import HIGHEST, Inputs, Recurrence, State, divided
+from striate.lib.scans import Scanned
 from striate.lib.tokens import PADDING, Tokens
 
 RULES = ("sum", "delta")
-IMPLEMENTATIONS = ("reference", "parallel", "xla")
+IMPLEMENTATIONS = ("reference", "parallel", "scan", "xla")
 CHUNK = {"plain": 128, "costly": 64}  # tokens; costly are decays by channel and the delta rule
 
 
@@ -81,7 +82,7 @@ def linear_attention(
       return_state: also return the State after the last token.
       chunk: tokens that are computed at a time by "xla"; None chooses.
       implementation: "xla"; "reference" for the recurrence token by token; "parallel" for one chunk of all tokens,
-        whose memory is quadratic; None is "xla".
+        whose memory is quadratic; "scan" for the states of all tokens at once, for narrow heads; None is "xla".
       parallel: how the sequence crosses devices (striate.parallel.StateScan, ValueColumns); None leaves it on each.
 
     Returns:
@@ -104,6 +105,10 @@ def linear_attention(
 def _form(implementation, rule: str, normalise: bool, chunk: int | None, inputs: Inputs) -> Recurrence:
     if implementation == "reference":
         return Reference(rule, normalise)
+    if implementation == "scan":
+        if rule != "sum":
+            raise NotImplementedError(f"The form 'scan' is for the rule 'sum', and this is {rule!r}: use 'xla'.")
+        return Scanned(rule, normalise)
     length = -(-inputs.k.shape[1] // SUB) * SUB
     if implementation == "parallel":
         return Chunked(rule, normalise, length)

@@ -8,6 +8,7 @@ begins in it or at it: its `Summary` holds M and S_run, and summaries of neighbo
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -60,7 +61,7 @@ class Summary(NamedTuple):
     def after(self, before: State) -> State:
         """The state after this run."""
         goes_on = (before.document == self.first) | (self.first == PADDING)
-        kept = jnp.where(_like(goes_on, self.transition), self.transition, 0.0)
+        kept = jnp.where(like(goes_on, self.transition), self.transition, 0.0)
         memory = self.state.memory + _applied(kept, before.memory)
         diagonal = kept if kept.ndim == 3 else jnp.zeros_like(before.total)
         document = jnp.where(self.first == PADDING, before.document, self.state.document)
@@ -69,7 +70,7 @@ class Summary(NamedTuple):
     def then(self, later: Summary) -> Summary:
         """That of this run and the later one, which begins where this ends."""
         apart = (self.state.document != later.first) & (self.first != PADDING) & (later.first != PADDING)
-        kept = jnp.where(_like(apart, later.transition), 0.0, later.transition)
+        kept = jnp.where(like(apart, later.transition), 0.0, later.transition)
         transition = kept * self.transition if kept.ndim == 3 else _applied(kept, self.transition)
         first = jnp.where(self.first == PADDING, later.first, self.first)
         return Summary(transition, later.after(self.state), first)
@@ -108,7 +109,7 @@ class Recurrence:
         whole = segments(inputs.document, first)[1][:, -1] == 0
         g = jnp.zeros_like(k[:, :1]) if inputs.log_decay is None else inputs.log_decay
         g = g.reshape(*g.shape[:3], -1).sum(1)
-        transition = jnp.broadcast_to(jnp.exp(jnp.where(_like(whole, g), g, -jnp.inf)), empty.total.shape)
+        transition = jnp.broadcast_to(jnp.exp(jnp.where(like(whole, g), g, -jnp.inf)), empty.total.shape)
         return Summary(transition, self.leave(inputs, empty), first)
 
 
@@ -122,20 +123,25 @@ def segments(document_BT: jax.Array, before_B: jax.Array):
     return filled, jnp.cumsum(filled != previous, axis=1, dtype=jnp.int32)
 
 
-def running_sum(log_decay, segment):
-    """(B, K, C, 1 | D) of (B, C, K) or (B, C, K, D), from the beginning of the segment (B, C) or of the chunk.
+def running(combine: Callable, x, segment_BT: jax.Array):
+    """The tokens of its segment up to each, put together by an associative `combine(earlier, later)`.
 
-    No sum holds, not even as a rounding error, what another document brings.
+    x is a pytree of (B, T, ...). Nothing of one segment is in another, not even as a rounding error.
     """
-    begins = jnp.concatenate([jnp.ones_like(segment[:, :1], bool), segment[:, 1:] != segment[:, :-1]], axis=1)
-    g = log_decay.reshape(*log_decay.shape[:3], -1).swapaxes(1, 2)
+    previous = jnp.concatenate([segment_BT[:, :1], segment_BT[:, :-1]], axis=1)
 
-    def add(earlier, later):
+    def put(earlier, later):
         (began, x), (begins, y) = earlier, later
-        return began | begins, jnp.where(begins, y, x + y)
+        both = jax.tree.map(lambda both, y: jnp.where(like(begins, y), y, both), combine(x, y), y)
+        return began | begins, both
 
-    begins = jnp.broadcast_to(begins[:, None, :, None], g.shape)
-    return jax.lax.associative_scan(add, (begins, g), axis=2)[1]
+    return jax.lax.associative_scan(put, (segment_BT != previous, x), axis=1)[1]
+
+
+def running_sum(log_decay, segment):
+    """(B, K, C, 1 | D) of (B, C, K) or (B, C, K, D), from the beginning of the segment (B, C) or of the chunk."""
+    g = log_decay.reshape(*log_decay.shape[:3], -1)
+    return running(jnp.add, g, segment).swapaxes(1, 2)
 
 
 def divided(out, weights):
@@ -157,5 +163,6 @@ def _applied(transition, x_BKDN):
     return jnp.einsum("bkde,bken->bkdn", transition, x_BKDN, precision=HIGHEST)
 
 
-def _like(x_B, y):
-    return x_B.reshape(-1, *(1,) * (y.ndim - 1))
+def like(x, y):
+    """x with further axes of 1, as many as y has."""
+    return x.reshape(*x.shape, *(1,) * (y.ndim - x.ndim))
