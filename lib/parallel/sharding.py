@@ -127,10 +127,12 @@ class SequenceParallel:
         )
 
     def _check(self, q, k) -> None:
-        array = self._specs()[0]
-        dimensions = (("batch", q.shape[0], array[0]), ("length", q.shape[1], array[1]))
-        dimensions += (("key length", k.shape[1], array[1]), ("query heads", q.shape[2], array[2]))
-        for name, size, axes in (*dimensions, ("key/value heads", k.shape[2], array[2])):
+        batch, length, heads, _ = self._specs()[0]
+        dimensions = ("batch", q.shape[0], batch), ("length", q.shape[1], length), ("key length", k.shape[1], length)
+        self._check_division(*dimensions, ("query heads", q.shape[2], heads), ("key/value heads", k.shape[2], heads))
+
+    def _check_division(self, *dimensions) -> None:
+        for name, size, axes in dimensions:
             names = (axes,) if isinstance(axes, str) else axes or ()
             parts = math.prod(self.mesh.shape[axis] for axis in names)
             if size % parts:

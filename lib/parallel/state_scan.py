@@ -14,6 +14,9 @@ Every causal recurrence, decayed or not, needs such runs. In a token-striped ord
 between two neighbours, and states of devices mean nothing. `ReorderedScan` converts to runs and back, by an all-to-all.
 `ValueColumns` needs no order: columns of the values never mix, so each device takes a share of them and all tokens.
 
+Short convolutions, which such models put before a recurrence, cross devices by the same strategies: the last tokens of
+a run go to the device that holds the next one.
+
 Source: Sun et al. 2025 (LASP-2), section 3, for the gather; Hillis and Steele 1986 for the steps.
 """
 
@@ -25,6 +28,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from striate.lib.convolution import Tail, convolve
 from striate.lib.errors import UserError
 from striate.lib.layouts import Contiguous, Layout, Striped, ZigZag
 from striate.lib.parallel.sharding import SequenceParallel
@@ -40,7 +44,8 @@ class RecurrenceParallel(SequenceParallel):
         """(out (B, T, K, G, V), the state after the last token), both of global arrays."""
         if self._inside:
             return self.shard_recur(recurrence, inputs, state)
-        self.check(inputs)
+        self._check(inputs.q, inputs.k)
+        self.check(inputs.k.shape[1], inputs.v.shape[3], "columns of the values")
         array, _, tokens = self._specs()
         batch, length, heads, _ = array
         of_inputs = Inputs(
@@ -55,13 +60,29 @@ class RecurrenceParallel(SequenceParallel):
         specs = (of_inputs, of_state), (of_inputs.q, of_state)
         return self._over_shards(lambda *arrays: self.shard_recur(recurrence, *arrays), *specs)(inputs, state)
 
+    def convolve(self, x_BTC: jax.Array, document_BT: jax.Array, taps_WC: jax.Array, tail: Tail):
+        """(y (B, T, C), the Tail of the sequence) of lib/convolution.py, of global arrays."""
+        if self._inside:
+            return self.shard_convolve(x_BTC, document_BT, taps_WC, tail)
+        _, of_x, tokens = self._specs()
+        batch, _, channels = of_x
+        names = ("batch", "length", "channels")
+        self._check_division(*zip(names, x_BTC.shape, of_x, strict=True))
+        self.check(x_BTC.shape[1], x_BTC.shape[2], "channels of the convolution")
+        of_tail = Tail(P(batch, None, channels), P(batch))
+        shard = self._over_shards(self.shard_convolve, (of_x, tokens, P(None, channels), of_tail), (of_x, of_tail))
+        return shard(x_BTC, document_BT, taps_WC, tail)
+
     def shard_recur(self, recurrence: Recurrence, inputs: Inputs, state: State) -> tuple[jax.Array, State]:
         """On one device: the same of its shards of the inputs; the state is that of the whole sequence."""
         raise NotImplementedError
 
-    def check(self, inputs: Inputs) -> None:
-        """Raises UserError where the arrays do not divide."""
-        self._check(inputs.q, inputs.k)
+    def shard_convolve(self, x, document, taps, tail: Tail) -> tuple[jax.Array, Tail]:
+        """On one device: the same of its shards; the tail is that of the whole sequence."""
+        raise NotImplementedError
+
+    def check(self, length: int, columns: int, which: str) -> None:
+        """Raises UserError where the sequence, or its columns of that name, cannot be dealt so."""
 
 
 @dataclass(frozen=True)
@@ -94,55 +115,72 @@ class StateScan(RecurrenceParallel):
         """Intervals of the sequence on each device."""
         return 2 if isinstance(self.layout, ZigZag) else 1
 
-    def check(self, inputs):
-        super().check(inputs)
-        (self.layout or Contiguous(self.shards)).check(inputs.k.shape[1])
+    def check(self, length, columns, which):
+        (self.layout or Contiguous(self.shards)).check(length)
 
     def shard_recur(self, recurrence, inputs, state):
-        length = inputs.k.shape[1] // self.runs
-        parts = [jax.tree.map(lambda x, i=i: x[:, i * length : (i + 1) * length], inputs) for i in range(self.runs)]
         exchange, out = self.exchange or self._cheapest(inputs, state), []
-        for run, part in enumerate(parts):
-            before, state = self._before(exchange, recurrence.summarise(part), state, ascending=run == 0)
+        before_run = self._gather if exchange == "gather" else self._steps
+        for run, part in enumerate(self._runs(inputs)):
+            before, state = before_run(recurrence.summarise(part), state, ascending=run == 0)
             out.append(recurrence.run(part, before)[0])
         return jnp.concatenate(out, axis=1), state
+
+    def shard_convolve(self, x, document, taps, tail):
+        out, reach = [], taps.shape[0] - 1
+        if reach > x.shape[1] // self.runs:
+            raise UserError(
+                f"A convolution of {reach + 1} taps reaches over more than the {x.shape[1] // self.runs} tokens that a "
+                f"device holds in a row: use fewer devices for the sequence, fewer taps, or ValueColumns."
+            )
+        for run, part in enumerate(self._runs((x, document))):
+            before, tail = self._neighbour(Tail.of(*part, reach), tail, ascending=run == 0)
+            out.append(convolve(*part, taps, before)[0])
+        return jnp.concatenate(out, axis=1), tail
+
+    def _runs(self, tree) -> list:
+        length = jax.tree.leaves(tree)[0].shape[1] // self.runs
+        return [jax.tree.map(lambda x, i=i: x[:, i * length : (i + 1) * length], tree) for i in range(self.runs)]
 
     def _cheapest(self, inputs: Inputs, state: State) -> str:
         states, held = self.shards * state.memory.nbytes, inputs.k.nbytes + inputs.v.nbytes
         return "gather" if states <= held else "steps"
 
-    def _before(self, exchange: str, summary: Summary, state: State, ascending: bool) -> tuple[State, State]:
-        """(the state before the run of this device, that after the runs of all); `state` is before all of them."""
-        return (self._gather if exchange == "gather" else self._steps)(summary, state, ascending)
+    # What follows gives: (the state before the run of this device, that after the runs of all), from the one before
+    # all. Runs lie on the devices in ascending order, or in descending order.
 
-    def _gather(self, summary, state, ascending):
-        place = jax.lax.axis_index(self.axis)
+    def _gather(self, summary: Summary, state: State, ascending: bool) -> tuple[State, State]:
         all_ = jax.tree.map(lambda x: jax.lax.all_gather(x, self.axis), summary)
-        if not ascending:
-            place, all_ = self.shards - 1 - place, jax.tree.map(lambda x: x[::-1], all_)
+        all_ = all_ if ascending else jax.tree.map(lambda x: x[::-1], all_)
         after, before = jax.lax.scan(lambda state, summary: (summary.after(state), state), state, all_)
-        return jax.tree.map(lambda x: x[place], before), after
+        return jax.tree.map(lambda x: x[self._place(ascending)], before), after
 
-    def _steps(self, summary, state, ascending):
-        place = jax.lax.axis_index(self.axis)
-        place = place if ascending else self.shards - 1 - place
-
-        def from_earlier(tree, distance: int):
-            sign = 1 if ascending else -1
-            pairs = [(i, i + sign * distance) for i in range(self.shards) if 0 <= i + sign * distance < self.shards]
-            return jax.tree.map(lambda x: jax.lax.ppermute(x, self.axis, pairs), tree)
-
-        def choose(condition, tree, otherwise):
-            return jax.tree.map(lambda x, y: jnp.where(condition, x, y), tree, otherwise)
-
-        distance = 1
+    def _steps(self, summary: Summary, state: State, ascending: bool) -> tuple[State, State]:
+        place, distance = self._place(ascending), 1
         while distance < self.shards:
-            composed = from_earlier(summary, distance).then(summary)
-            summary = choose(place >= distance, composed, summary)
+            composed = self._from_earlier(summary, distance, ascending).then(summary)
+            summary = _choose(place >= distance, composed, summary)
             distance *= 2
-        before = choose(place > 0, from_earlier(summary, 1).after(state), state)
-        last = choose(place == self.shards - 1, summary.after(state), jax.tree.map(jnp.zeros_like, state))
-        return before, jax.tree.map(lambda x: jax.lax.psum(x, self.axis), last)
+        before = _choose(place > 0, self._from_earlier(summary, 1, ascending).after(state), state)
+        return before, self._from_last(summary.after(state), ascending)
+
+    def _neighbour(self, own: Tail, tail: Tail, ascending: bool) -> tuple[Tail, Tail]:
+        before = _choose(self._place(ascending) > 0, self._from_earlier(own, 1, ascending), tail)
+        return before, self._from_last(own, ascending)
+
+    def _place(self, ascending: bool):
+        index = jax.lax.axis_index(self.axis)
+        return index if ascending else self.shards - 1 - index
+
+    def _from_earlier(self, tree, distance: int, ascending: bool):
+        """What the device so many places before this one has; zeros where there is none."""
+        pairs = [(place, place + distance) for place in range(self.shards - distance)]
+        pairs = pairs if ascending else [(self.shards - 1 - i, self.shards - 1 - j) for i, j in pairs]
+        return jax.tree.map(lambda x: jax.lax.ppermute(x, self.axis, pairs), tree)
+
+    def _from_last(self, tree, ascending: bool):
+        last = _choose(self._place(ascending) == self.shards - 1, tree, jax.tree.map(jnp.zeros_like, tree))
+        return jax.tree.map(lambda x: jax.lax.psum(x, self.axis), last)
 
 
 @dataclass(frozen=True)
@@ -162,23 +200,45 @@ class ValueColumns(RecurrenceParallel):
         super().__post_init__()
         _check_shards(self)
 
-    def check(self, inputs):
-        super().check(inputs)
-        if inputs.v.shape[3] % self.shards:
+    def check(self, length, columns, which):
+        if columns % self.shards:
             raise UserError(
-                f"ValueColumns deals the columns of the values to the {self.shards} devices of mesh axis "
-                f"{self.axis!r}, and {inputs.v.shape[3]} do not divide: use StateScan, or another value width."
+                f"ValueColumns deals the {which} to the {self.shards} devices of mesh axis {self.axis!r}, and "
+                f"{columns} do not divide: use StateScan, or another width."
             )
 
     def shard_recur(self, recurrence, inputs, state):
-        layout, width = self.layout or Contiguous(self.shards), inputs.v.shape[3] // self.shards
-        columns = jax.lax.axis_index(self.axis) * width
-        v = jax.lax.all_to_all(inputs.v, self.axis, split_axis=3, concat_axis=1, tiled=True)
-        gathered = jax.tree.map(lambda x: jax.lax.all_gather(x, self.axis, axis=1, tiled=True), inputs._replace(v=None))
-        own = state._replace(memory=jax.lax.dynamic_slice_in_dim(state.memory, columns, width, 3))
-        out, own = recurrence.run(layout.restore(gathered._replace(v=v)), own)
-        out = jax.lax.all_to_all(layout.permute(out), self.axis, split_axis=1, concat_axis=4, tiled=True)
-        return out, own._replace(memory=jax.lax.all_gather(own.memory, self.axis, axis=3, tiled=True))
+        gathered = jax.tree.map(self._all_tokens, inputs._replace(v=None))
+        own = state._replace(memory=self._own(state.memory))
+        out, own = recurrence.run(gathered._replace(v=self._to_columns(inputs.v)), own)
+        return self._to_tokens(out), own._replace(memory=self._all_columns(own.memory))
+
+    def shard_convolve(self, x, document, taps, tail):
+        own = tail._replace(x=self._own(tail.x))
+        y, own = convolve(self._to_columns(x), self._all_tokens(document), self._own(taps), own)
+        return self._to_tokens(y), own._replace(x=self._all_columns(own.x))
+
+    def _to_columns(self, x):
+        """All tokens in the order of the sequence, and a share of the columns."""
+        return self._order.restore(jax.lax.all_to_all(x, self.axis, split_axis=x.ndim - 1, concat_axis=1, tiled=True))
+
+    def _to_tokens(self, x):
+        return jax.lax.all_to_all(self._order.permute(x), self.axis, split_axis=1, concat_axis=x.ndim - 1, tiled=True)
+
+    def _all_tokens(self, x):
+        return self._order.restore(jax.lax.all_gather(x, self.axis, axis=1, tiled=True))
+
+    def _all_columns(self, x):
+        return jax.lax.all_gather(x, self.axis, axis=x.ndim - 1, tiled=True)
+
+    def _own(self, x):
+        """The columns of this device."""
+        width = x.shape[-1] // self.shards
+        return jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(self.axis) * width, width, x.ndim - 1)
+
+    @property
+    def _order(self) -> Layout:
+        return self.layout or Contiguous(self.shards)
 
 
 @dataclass(frozen=True)
@@ -199,9 +259,8 @@ class ReorderedScan(RecurrenceParallel):
             raise UserError(f"ReorderedScan is for a Striped layout, and got {self.layout}: use StateScan.")
         _check_shards(self)
 
-    def check(self, inputs):
-        super().check(inputs)
-        length, unit = inputs.k.shape[1], self.layout.unit * self.shards
+    def check(self, length, columns, which):
+        unit = self.layout.unit * self.shards
         if length % unit:
             raise UserError(
                 f"{self.layout} becomes contiguous by one all-to-all where the length is a multiple of stripe x shards "
@@ -210,9 +269,16 @@ class ReorderedScan(RecurrenceParallel):
             )
 
     def shard_recur(self, recurrence, inputs, state):
-        scan = StateScan(self.mesh, self.axis, self.batch, self.heads, exchange=self.exchange)
-        out, state = scan.shard_recur(recurrence, jax.tree.map(self._to_run, inputs), state)
+        out, state = self._inner.shard_recur(recurrence, jax.tree.map(self._to_run, inputs), state)
         return self._to_stripes(out), state
+
+    def shard_convolve(self, x, document, taps, tail):
+        y, tail = self._inner.shard_convolve(self._to_run(x), self._to_run(document), taps, tail)
+        return self._to_stripes(y), tail
+
+    @property
+    def _inner(self) -> StateScan:
+        return StateScan(self.mesh, self.axis, self.batch, self.heads, exchange=self.exchange)
 
     def _to_run(self, x):
         """The stripes of one device to a run: of every device come those that lie in it, `shards` of them apart."""
@@ -227,6 +293,10 @@ class ReorderedScan(RecurrenceParallel):
 
     def _exchange(self, x):
         return jax.lax.all_to_all(x, self.axis, split_axis=1, concat_axis=1, tiled=True)
+
+
+def _choose(condition, tree, otherwise):
+    return jax.tree.map(lambda x, y: jnp.where(condition, x, y), tree, otherwise)
 
 
 def _check_shards(parallel: RecurrenceParallel) -> None:
