@@ -5,7 +5,7 @@ The algebra is that of lib/linear_attention.py, with the two products that make 
     O = [A  exp(b) Q] [U; S]                            S = exp(b_C) S + (exp(b_C - b) K)^T U
 
 All arrays are float32; where q, k and v are bfloat16, the factors of a product are rounded to that, its sums are not.
-`advance` is a function that jax.vjp differentiates inside a kernel: that is the backward pass.
+`within` and `across` are functions that jax.vjp differentiates inside a kernel: that is the backward pass.
 
 Decays of channels. A_ij = sum_d q_id k_jd exp(b_id - b_jd) has no factors that float32 can hold. Cut the chunk into
 blocks of s tokens, and let r be the sum where a block ends: for i in the block after that of j,
@@ -37,6 +37,7 @@ class Rule(NamedTuple):
 
     name: str  # "sum" or "delta"
     normalise: bool
+    by_channel: bool  # whether the decays are
     dtype: jnp.dtype  # of the factors of products
 
 
@@ -50,48 +51,62 @@ class Chunk(NamedTuple):
     beta: jax.Array | None  # (1, C)
 
 
-def advance(rule: Rule, segment, x: Chunk, memory, total):
-    """(out (G, C, V), or None, memory (D, V), total (1, D) after the chunk).
+class Within(NamedTuple):
+    """What a chunk is without the state before it."""
 
-    segment int32 (1, C) is 0 where tokens go on with the state, and does not decrease.
-    """
-    (size, width), lanes = x.k.shape, min(LANES, x.k.shape[0])
-    mine = column(segment, lanes)
-    b = _columns(x.sums, lanes)
-    end = None if b is None else _last(b)
+    weights: jax.Array | None  # A: (G, C, C)
+    row: jax.Array | None  # exp(b) Q: (G, C, D)
+    written: jax.Array  # exp(b_C - b) K: (C, D)
+    values: jax.Array  # (C, V): U where the state is empty
+    erased: jax.Array | None  # (C, D): U = values - erased S
+    kept: jax.Array  # exp(b_C), (1, D) where the decays are of channels, else (1, 128), all alike
 
-    def kept(width):
-        """What is left of the state, (1, width)."""
-        return _factor(spread(mine[-1:], width) == 0, _spread(end, width))
 
+def within(rule: Rule, segment, x: Chunk) -> Within:
+    """segment int32 (1, C) is 0 where tokens go on with the state, and does not decrease."""
+    (size, width), (weights, row, erased) = x.k.shape, (None,) * 3
+    mine = column(segment, min(LANES, size))
+    b = x.sums if x.sums is None or rule.by_channel else column(x.sums, mine.shape[1])
+    end, values = None if b is None else _last(b), x.v
     entering = _factor(spread(mine, width) == 0, _spread(b, width))
     leaving = _factor(spread(mine, width) == spread(mine[-1:], width), _spread(None if b is None else end - b, width))
-    v, written, out = x.v, leaving * x.k, None
-    if rule.name == "delta":
-        beta = column(x.beta, lanes)
-        lower = spread(beta, size) * _pairs(rule, segment, mine, x.k[None], x.k, x.sums, strictly=True)[0]
-        v = spread(beta, v.shape[1]) * (v - _product(rule, entering * x.k, memory, NN))
-        v = _solve(lower, v)
+    lanes = width if rule.by_channel else LANES
+    kept = _factor(spread(mine[-1:], lanes) == 0, _spread(end, lanes))
     if x.q is not None:
         weights, row = _pairs(rule, segment, mine, x.q, x.k, x.sums), entering[None] * x.q
-        both = jnp.concatenate([weights.reshape(-1, size), row.reshape(-1, width)], axis=1)
-        out = _product(rule, both, jnp.concatenate([v, memory], axis=0), NN).reshape(*weights.shape[:2], -1)
+    if rule.name == "delta":
+        beta = column(x.beta, mine.shape[1])
+        lower = spread(beta, size) * _pairs(rule, segment, mine, x.k[None], x.k, x.sums, strictly=True)[0]
+        both = jnp.concatenate([spread(beta, values.shape[1]) * values, spread(beta, width) * entering * x.k], axis=1)
+        both = _solve(rule, lower, both)
+        values, erased = both[:, : values.shape[1]], both[:, values.shape[1] :]
+    return Within(weights, row, leaving * x.k, values, erased, kept)
+
+
+def across(rule: Rule, x: Within, memory, total):
+    """(out (G, C, V), or None, memory (D, V), total (1, D) after the chunk)."""
+    (size, width), out, values = x.written.shape, None, x.values
+    if x.erased is not None:
+        values = values - _product(rule, x.erased, memory, NN)
+    if x.weights is not None:
+        both = jnp.concatenate([x.weights.reshape(-1, size), x.row.reshape(-1, width)], axis=1)
+        out = _product(rule, both, jnp.concatenate([values, memory], axis=0), NN)
+        out = out.reshape(*x.weights.shape[:2], -1)
         if rule.normalise:
-            weight = weights.sum(2, keepdims=True) + (row * total[None]).sum(2, keepdims=True)
+            weight = x.weights.sum(2, keepdims=True) + (x.row * total[None]).sum(2, keepdims=True)
             out = jnp.where(weight == 0, 0.0, out / jnp.where(weight == 0, 1.0, weight))
-    by_channel = x.sums is not None and x.sums.shape[0] > 1
-    across = column(kept(width), memory.shape[1]) if by_channel else kept(memory.shape[1])
-    memory = across * memory + _product(rule, written, v, TN)
+    kept = column(x.kept, memory.shape[1]) if rule.by_channel else spread(x.kept, memory.shape[1])
+    memory = kept * memory + _product(rule, x.written, values, TN)
     if rule.normalise:
-        total = kept(width) * total + written.sum(0, keepdims=True)
+        total = spread(x.kept, width) * total + x.written.sum(0, keepdims=True)
     return out, memory, total
 
 
 def _pairs(rule: Rule, segment, mine, q, k, sums, strictly: bool = False):
-    """q_i . exp(b_i - b_j) k_j where i and j > i, or i >= j, are of one segment, else 0: (G, C, C)."""
-    group, size, width = q.shape
-    if sums is not None and sums.shape[0] > 1:
+    """q_i . exp(b_i - b_j) k_j, where i >= j, or i > j, and both are of one segment; else 0: (G, C, C)."""
+    if rule.by_channel:
         return _pairs_by_channel(rule, mine, q, k, sums, strictly)
+    group, size, width = q.shape
     row, key = (jax.lax.broadcasted_iota(jnp.int32, (size, size), axis) for axis in (0, 1))
     together = (spread(mine, size) == segment) & (row > key if strictly else row >= key)
     factor = _factor(together, None if sums is None else spread(column(sums, mine.shape[1]), size) - sums)
@@ -119,36 +134,52 @@ def _pairs_by_channel(rule: Rule, mine, q, k, b, strictly: bool):
     return weights
 
 
-@jax.custom_vjp
-def _solve(lower, x):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _solve(rule: Rule, lower, x):
     """(I + L)^-1 x for strictly lower triangular L."""
-    return _solve_forward(lower, x)[0]
+    return _solve_forward(rule, lower, x)[0]
 
 
-def _solve_forward(lower, x):
-    inverse = _inverse(lower)
-    solved = _exactly(inverse, x, NN)
+def _solve_forward(rule, lower, x):
+    inverse = _inverse(rule, lower)
+    solved = _finely(rule, inverse, x, NN)
     return solved, (inverse, solved)
 
 
-def _solve_backward(saved, d_solved):
+def _solve_backward(rule, saved, d_solved):
     inverse, solved = saved
-    dx = _exactly(inverse, d_solved, TN)
-    return -_exactly(dx, solved, NT), dx
+    dx = _finely(rule, inverse, d_solved, TN)
+    return -_finely(rule, dx, solved, NT), dx
 
 
 _solve.defvjp(_solve_forward, _solve_backward)
 
 
-def _inverse(lower):
+def _inverse(rule: Rule, lower):
     row, key = (jax.lax.broadcasted_iota(jnp.int32, lower.shape, axis) for axis in (0, 1))
     apart, span = row ^ key, 2
     inverse = jnp.where(apart == 0, 1.0, 0.0) - jnp.where(apart == 1, lower, 0.0)
     while span < lower.shape[0]:
         between = jnp.where((apart >= span) & (apart < 2 * span), lower, 0.0)
-        inverse = inverse - _exactly(_exactly(inverse, between, NN), inverse, NN)
+        inverse = inverse - _finely(rule, _finely(rule, inverse, between, NN), inverse, NN)
         span *= 2
     return inverse
+
+
+def _finely(rule: Rule, a, b, dimensions):
+    """A product of float32: to its last bits, or, where q, k and v are bfloat16, to 16 of them."""
+    if rule.dtype == jnp.float32:
+        return parts.product(a, b, dimensions)
+    (a, of_a), (b, of_b) = _halves(a), _halves(b)
+    return parts.product(a, b, dimensions) + (parts.product(a, of_b, dimensions) + parts.product(of_a, b, dimensions))
+
+
+def _halves(x):
+    """float32 as the sum of two bfloat16."""
+    # By its bits: a compiler may take a conversion to bfloat16 and back for nothing.
+    bits = jax.lax.bitcast_convert_type(x, jnp.int32)
+    high = jax.lax.bitcast_convert_type(bits & -(2**16), jnp.float32)
+    return high.astype(jnp.bfloat16), (x - high).astype(jnp.bfloat16)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
@@ -185,20 +216,11 @@ _roll.defvjp(
 )
 
 
-def _exactly(a, b, dimensions):
-    return parts.product(a, b, dimensions)
-
-
 def _factor(shown, exponent):
     """exp(exponent), 0 where not shown; never exp of what is not. No exponent is 0."""
     if exponent is None:
         return jnp.where(shown, 1.0, 0.0)
     return jnp.exp(jnp.where(shown, exponent, -jnp.inf))
-
-
-def _columns(sums, lanes: int):
-    """(1, C) as (C, lanes), every lane the same; (C, D) as it is."""
-    return sums if sums is None or sums.shape[0] > 1 else column(sums, lanes)
 
 
 def _last(x):

@@ -19,10 +19,12 @@ from jax.experimental import pallas as pl
 
 from striate.lib.recurrence import Inputs, Recurrence, State, running_sum, segments
 from striate.lib.tiles import vary_alike
-from striate.pallas_kernels.tpu.chunk import Chunk, Rule, advance
+from striate.pallas_kernels.tpu.chunk import Chunk, Rule, across, within
 from striate.pallas_kernels.tpu.parts import compiler_params
 
-ROWS = 512  # tokens of a block, times query heads of a group, at most, unless a chunk has more
+CHUNKS = (16, 32, 64, 128, 256, 512)  # tokens
+BLOCK = 2**18  # bytes of the queries, or of the values, of a block at most, unless a chunk has more
+LONG = 4  # chunks of a block at most, where the program of one is long
 
 
 @dataclass(frozen=True)
@@ -40,10 +42,14 @@ class Kernel(Recurrence):
         return self._over_blocks(inputs, state, read=False)[1]
 
     @classmethod
-    def suits(cls, inputs: Inputs) -> str | None:
-        """Why such inputs are not for these kernels, if they are not."""
+    def suits(cls, inputs: Inputs, chunk: int) -> str | None:
+        """None; or why these kernels do not take such inputs."""
         if inputs.q.dtype not in (jnp.bfloat16, jnp.float32):
             return f"takes bfloat16 and float32, and not {inputs.q.dtype}"
+        if not inputs.q.dtype == inputs.k.dtype == inputs.v.dtype:
+            return f"takes one dtype, and not q {inputs.q.dtype}, k {inputs.k.dtype}, v {inputs.v.dtype}"
+        if chunk not in CHUNKS:
+            return f"takes chunks of {', '.join(map(str, CHUNKS))} tokens, and not {chunk}"
         return None
 
     def _over_blocks(self, inputs: Inputs, state: State, read: bool):
@@ -94,9 +100,12 @@ class Plan(NamedTuple):
 
     @classmethod
     def of(cls, kernel: Kernel, inputs: Inputs) -> Plan:
-        _, length, _, group, _ = inputs.q.shape
-        chunks = min(max(1, ROWS // (kernel.chunk * group)), -(-length // kernel.chunk))
-        rule = Rule(kernel.rule, kernel.normalise, inputs.q.dtype)
+        _, length, _, group, width = inputs.q.shape
+        of_chunk = kernel.chunk * max(group * width, inputs.v.shape[3]) * inputs.q.dtype.itemsize
+        by_channel = inputs.log_decay is not None and inputs.log_decay.ndim == 4
+        rule = Rule(kernel.rule, kernel.normalise, by_channel, inputs.q.dtype)
+        most = LONG if by_channel or kernel.rule == "delta" else BLOCK // of_chunk
+        chunks = max(1, min(most, BLOCK // of_chunk, -(-length // kernel.chunk)))
         return cls(rule, kernel.chunk, chunks, kernel.interpret)
 
     def padded(self, x, mode="constant"):
@@ -127,10 +136,11 @@ class Plan(NamedTuple):
             return self.rows(jnp.moveaxis(b[..., 0], 2, 3))
         return jnp.moveaxis(b, 2, 1).reshape(*b.shape[:1], b.shape[2], -1, b.shape[4])
 
-    def take(self, given: Given, number: int) -> Chunk:
-        """A chunk of the blocks of a step."""
-        q, k, v, sums, beta = self._of_chunk(given, number)
-        return Chunk(*(None if ref is None else ref[at].astype(jnp.float32) for ref, at in (q, k, v, sums, beta)))
+    def within(self, segment, given: Given, number: int):
+        """(chunk.within, that chunk) of the blocks of a step."""
+        refs = self._of_chunk(given, number)
+        chunk = Chunk(*(None if ref is None else ref[at].astype(jnp.float32) for ref, at in refs))
+        return functools.partial(within, self.rule, segment[pl.ds(number, 1)]), chunk
 
     def put(self, gradients: Given, number: int, of_chunk: Chunk) -> None:
         for (ref, at), x in zip(self._of_chunk(gradients, number), of_chunk, strict=True):
@@ -139,8 +149,7 @@ class Plan(NamedTuple):
 
     def _of_chunk(self, given: Given, number: int):
         tokens, row = pl.ds(number * self.chunk, self.chunk), pl.ds(number, 1)
-        by_channel = given.sums is not None and given.sums.shape == given.k.shape
-        of_sums = (tokens,) if by_channel else (row,)
+        of_sums = (tokens,) if self.rule.by_channel else (row,)
         return (
             (given.q, (slice(None), tokens)),
             (given.k, (tokens,)),
@@ -194,7 +203,7 @@ class Blocks(NamedTuple):
         return pl.BlockSpec((None, None, *x.shape[2:]), lambda b, h, n: (b, h, 0, 0))
 
     def of(self, given: Given) -> Given:
-        of_sums = self.spec if given.sums is not None and given.sums.ndim == 4 else self.numbered
+        of_sums = self.spec if self.plan.rule.by_channel else self.numbered
         kinds = Given(self.spec, self.spec, self.spec, of_sums, self.numbered, self.whole, self.whole)
         return Given(*(None if x is None else kind(x) for kind, x in zip(kinds, given, strict=True)))
 
@@ -236,9 +245,16 @@ def _forward_step(plan: Plan, segment, given: Given, out, memory, total, before)
     state = memory[...], total[...]
     if before is not None:
         before[0][...], before[1][...] = state
+
+    def begin(number):
+        function, chunk = plan.within(segment, given, number)
+        return function(chunk)
+
+    # What a chunk is by itself is issued before what the one before it does with the state.
+    after = begin(0)
     for number in range(plan.chunks):
-        row, chunk = segment[pl.ds(number, 1)], plan.take(given, number)
-        read, *state = advance(plan.rule, row, chunk, *state)
+        chunk, after = after, begin(number + 1) if number + 1 < plan.chunks else None
+        read, *state = across(plan.rule, chunk, *state)
         if out is not None:
             out[:, pl.ds(number * plan.chunk, plan.chunk)] = read.astype(out.dtype)
     memory[...], total[...] = state
@@ -273,18 +289,17 @@ def _backward_step(plan: Plan, segment, given: Given, before, d_out, d_memory, d
     def _():
         gradients.memory[...], gradients.total[...] = d_memory[...], d_total[...]
 
+    chunks, pulls = zip(*(jax.vjp(*plan.within(segment, given, number)) for number in range(plan.chunks)), strict=True)
     states = [tuple(ref[...] for ref in before)]
-    for number in range(plan.chunks - 1):
-        chunk = plan.take(given, number)._replace(q=None)
-        states.append(advance(plan.rule, segment[pl.ds(number, 1)], chunk, *states[-1])[1:])
+    for chunk in chunks[:-1]:
+        states.append(across(plan.rule, chunk._replace(weights=None, row=None), *states[-1])[1:])
     d_state = gradients.memory[...], gradients.total[...]
     for number in reversed(range(plan.chunks)):
-        step = functools.partial(advance, plan.rule, segment[pl.ds(number, 1)])
-        _, pull = jax.vjp(step, plan.take(given, number), *states[number])
+        _, pull = jax.vjp(functools.partial(across, plan.rule), chunks[number], *states[number])
         tokens = pl.ds(number * plan.chunk, plan.chunk)
         d_read = None if d_out is None else d_out[:, tokens].astype(jnp.float32)
-        d_chunk, *d_state = pull((d_read, *d_state))
-        plan.put(gradients, number, d_chunk)
+        d_within, *d_state = pull((d_read, *d_state))
+        plan.put(gradients, number, *pulls[number](d_within))
     gradients.memory[...], gradients.total[...] = d_state
 
 
