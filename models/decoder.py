@@ -10,9 +10,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from striate.lib import masks, positions
-from striate.lib.attention import Parallel
 from striate.lib.decoding.cache import Cache, KeyValues
 from striate.lib.errors import UserError
+from striate.lib.parallel import Across
 from striate.lib.tokens import PADDING, Tokens
 from striate.models.layers import Attention, NgramEmbedding, RMSNorm, SwiGLU, weight
 from striate.models.scores import parse as parse_score
@@ -118,7 +118,7 @@ def _choice(name: str, value: str, known) -> None:
         raise UserError(f"{name} is {value!r}; there are {', '.join(map(repr, known))}.")
 
 
-def _attention(config: DecoderConfig, layer: Layer, parallel: Parallel | None, name: str) -> Attention:
+def _attention(config: DecoderConfig, layer: Layer, parallel: Across | None, name: str) -> Attention:
     return Attention(
         name=name,
         heads=config.heads,
@@ -130,7 +130,7 @@ def _attention(config: DecoderConfig, layer: Layer, parallel: Parallel | None, n
         out_deviation=config.out_deviation,
         dtype=config.compute_dtype,
         implementation=config.implementation,
-        parallel=parallel,
+        parallel=parallel and parallel.attention,
     )
 
 
@@ -143,7 +143,7 @@ class Block(nn.Module):
 
     config: DecoderConfig
     layer: Layer
-    parallel: Parallel | None = None
+    parallel: Across | None = None
 
     @nn.compact
     def __call__(self, x_BTE: jax.Array, tokens: Tokens, k_tokens: Tokens, past: KeyValues | None):
@@ -160,7 +160,7 @@ class Pattern(nn.Module):
     """The pattern once: the body of the scan over its repeats."""
 
     config: DecoderConfig
-    parallel: Parallel | None = None
+    parallel: Across | None = None
 
     @nn.compact
     def __call__(self, x_BTE: jax.Array, tokens: Tokens, k_tokens: Tokens, past: tuple[KeyValues, ...] | None):
@@ -182,7 +182,7 @@ class Decoder(nn.Module):
     """
 
     config: DecoderConfig
-    parallel: Parallel | None = None
+    parallel: Across | None = None
 
     @property
     def dtype(self) -> str:

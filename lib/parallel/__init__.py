@@ -1,6 +1,7 @@
 """How mixers cross devices: Ring, AllGather, Ulysses and RingUlysses for softmax attention, and the choice of one;
 StateScan, ReorderedScan and ValueColumns for linear recurrences."""
 
+from striate.lib.parallel.across import Across
 from striate.lib.parallel.choose import HARDWARE, Hardware, choose
 from striate.lib.parallel.gather import AllGather
 from striate.lib.parallel.ring import Ring
@@ -9,6 +10,7 @@ from striate.lib.parallel.ulysses import RingUlysses, Ulysses
 
 __all__ = [
     "HARDWARE",
+    "Across",
     "AllGather",
     "Hardware",
     "ReorderedScan",

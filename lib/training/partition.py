@@ -15,7 +15,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from striate.lib import layouts
 from striate.lib.errors import UserError
-from striate.lib.parallel import AllGather, Ring
+from striate.lib.parallel import Across, AllGather, ReorderedScan, Ring, StateScan, ValueColumns
 
 AXES = ("data", "fsdp", "sequence", "tensor")
 
@@ -57,6 +57,8 @@ class MeshConfig:
     """Tokens of one stripe of the striped layout; 1 is Striped Attention, a kernel's tile keeps empty tiles empty."""
     strategy: str = "ring"
     """How attention crosses the sequence shards: ring, allgather, or none (only for one sequence shard)."""
+    recurrence: str = "states"
+    """How linear recurrences cross them: states (after an all-to-all where the layout is striped), or columns."""
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -125,14 +127,12 @@ def layout(config: MeshConfig) -> layouts.Layout:
 
 
 def parallel(config: MeshConfig, mesh: Mesh):
-    """How attention crosses the sequence shards: a Parallel, or None for one shard that XLA alone takes care of."""
+    """How mixers cross the sequence shards: an Across, or None for one shard that XLA alone takes care of."""
     axes = {"axis": "sequence", "batch": ("data", "fsdp"), "heads": "tensor"}
-    known = {
-        "ring": lambda: Ring(mesh, **axes),
-        "allgather": lambda: AllGather(mesh, **axes),
-        "none": lambda: None,
-    }
-    return _named("strategy", config.strategy, known)()
+    attention = _named("strategy", config.strategy, {"ring": Ring, "allgather": AllGather, "none": None})
+    states = ReorderedScan if config.layout == "striped" else StateScan
+    recurrence = _named("recurrence", config.recurrence, {"states": states, "columns": ValueColumns})
+    return attention and Across(attention(mesh, **axes), recurrence(mesh, layout=layout(config), **axes))
 
 
 def check(mesh: MeshConfig, batch: int, length: int, heads: int, kv_heads: int) -> None:
@@ -146,6 +146,7 @@ def check(mesh: MeshConfig, batch: int, length: int, heads: int, kv_heads: int) 
             "set --mesh.strategy=ring, or --mesh.sequence=1."
         )
     _named("strategy", mesh.strategy, ("ring", "allgather", "none"))
+    _named("recurrence", mesh.recurrence, ("states", "columns"))
     layout(mesh).check(length)
     rows = mesh.data * mesh.fsdp
     _divides(rows, batch, f"the batch of {batch} rows", f"data {mesh.data} x fsdp {mesh.fsdp}", "--data.batch")

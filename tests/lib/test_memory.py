@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec as P
 
 import striate
 from striate import Tokens, masks
-from striate.lib.parallel import AllGather, Ring
+from striate.lib.parallel import Across, AllGather, Ring
 from striate.models.decoder import Decoder, DecoderConfig
 
 MASK = masks.causal() & masks.same("document")
@@ -44,7 +44,7 @@ def attention_bytes(length: int, parallel=None, **options) -> int:
 def layer_bytes(parallel, length: int) -> int:
     """Of one device, for the gradients of a decoder of one layer."""
     config = DecoderConfig(layers=1)
-    model = Decoder(config, parallel)
+    model = Decoder(config, Across(parallel))
     shapes = jax.eval_shape(Decoder(config).init, jax.random.key(0), jnp.zeros((1, 8), jnp.int32), Tokens.arange(1, 8))
     everywhere, spread = (NamedSharding(parallel.mesh, spec) for spec in (P(), P(None, "sequence")))
     parameters = jax.tree.map(

@@ -9,7 +9,7 @@ from jax.sharding import AxisType, PartitionSpec
 
 from striate.lib import layouts
 from striate.lib.errors import UserError
-from striate.lib.parallel import AllGather, Ring
+from striate.lib.parallel import AllGather, ReorderedScan, Ring, StateScan, ValueColumns
 from striate.lib.training import data, partition
 from striate.lib.training.partition import MeshConfig
 
@@ -68,8 +68,12 @@ def test_layouts_and_strategies_by_name():
     assert partition.layout(MeshConfig(layout="striped", stripe=4)) == layouts.Striped(8, 4)
     assert partition.layout(MeshConfig(layout="zigzag", sequence=4)) == layouts.ZigZag(4)
     assert partition.layout(MeshConfig(layout="contiguous")) == layouts.Contiguous(8)
-    assert isinstance(partition.parallel(MeshConfig(strategy="ring"), mesh), Ring)
-    assert isinstance(partition.parallel(MeshConfig(strategy="allgather"), mesh), AllGather)
+    assert isinstance(partition.parallel(MeshConfig(strategy="ring"), mesh).attention, Ring)
+    assert isinstance(partition.parallel(MeshConfig(strategy="allgather"), mesh).attention, AllGather)
+    for config, strategy in ((MeshConfig(), ReorderedScan), (MeshConfig(layout="zigzag"), StateScan)):
+        across = partition.parallel(config, mesh)
+        assert type(across.recurrence) is strategy and across.recurrence.layout == partition.layout(config)
+    assert isinstance(partition.parallel(MeshConfig(recurrence="columns"), mesh).recurrence, ValueColumns)
     assert partition.parallel(MeshConfig(strategy="none"), mesh) is None
 
 
