@@ -159,7 +159,8 @@ class Reference(Recurrence):
         return State(memory, total, jnp.where(real, x.document, state.document)), out
 
 
-def _check(q, k, v, rule, log_decay, beta, normalise, tokens, chunk, implementation) -> None:
+def check_arrays(q, k, v, tokens: Tokens | None) -> None:
+    """Raises UserError for shapes that do not fit, whatever the recurrence."""
     if q.ndim != 4 or k.ndim != 4 or v.ndim != 4 or q.shape[:2] != k.shape[:2] or k.shape[:3] != v.shape[:3]:
         raise UserError(
             f"q {q.shape}, k {k.shape}, v {v.shape} do not fit: linear attention needs (batch, length, heads, width), "
@@ -169,6 +170,12 @@ def _check(q, k, v, rule, log_decay, beta, normalise, tokens, chunk, implementat
         raise UserError(
             f"q {q.shape} and k {k.shape} do not fit: they need one head_dim, and heads a multiple of k's heads."
         )
+    if tokens is not None and tokens.shape != q.shape[:2]:
+        raise UserError(f"tokens have shape {tokens.shape}; the arrays need (batch, length) = {q.shape[:2]}.")
+
+
+def _check(q, k, v, rule, log_decay, beta, normalise, tokens, chunk, implementation) -> None:
+    check_arrays(q, k, v, tokens)
     if rule not in RULES:
         raise UserError(f"rule {rule!r} is not known; there are {', '.join(map(repr, RULES))}.")
     if implementation not in (None, *IMPLEMENTATIONS):
@@ -183,7 +190,5 @@ def _check(q, k, v, rule, log_decay, beta, normalise, tokens, chunk, implementat
         raise UserError(f"beta has shape {beta.shape} under the rule {rule!r}; the delta rule takes {wanted[1]}.")
     if normalise and rule != "sum":
         raise UserError(f"normalise is for the rule 'sum', and this is {rule!r}: the weights of that have any sign.")
-    if tokens is not None and tokens.shape != (batch, length):
-        raise UserError(f"tokens have shape {tokens.shape}; the arrays need (batch, length) = {(batch, length)}.")
     if chunk is not None and chunk < 1:
         raise UserError(f"chunk is {chunk}; it is a number of tokens, at least 1.")

@@ -98,5 +98,6 @@ class LogSumExpSummary(NamedTuple):
 
 def _added(earlier, later):
     (m, s), (n, t) = earlier, later
+    m, n = jax.lax.stop_gradient(m), jax.lax.stop_gradient(n)
     both = jnp.where(s == 0, n, jnp.where(t == 0, m, jnp.maximum(m, n)))
     return both, s * jnp.exp(jnp.minimum(m - both, 0.0)) + t * jnp.exp(jnp.minimum(n - both, 0.0))
