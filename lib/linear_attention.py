@@ -36,9 +36,10 @@ from striate.lib.errors import UserError
 from striate.lib.recurrence import HIGHEST, Inputs, Recurrence, State, divided
 from striate.lib.scans import Scanned
 from striate.lib.tokens import PADDING, Tokens
+from striate.pallas_kernels.tpu.chips import target
 
 RULES = ("sum", "delta")
-IMPLEMENTATIONS = ("reference", "parallel", "scan", "xla")
+IMPLEMENTATIONS = ("reference", "parallel", "scan", "xla", "pallas_tpu", "pallas_tpu_interpret")
 CHUNK = {"plain": 128, "costly": 64}  # tokens; costly are decays by channel and the delta rule
 
 
@@ -80,9 +81,10 @@ def linear_attention(
       tokens: whose documents keep apart; None is one document.
       initial_state: what came before.
       return_state: also return the State after the last token.
-      chunk: tokens that are computed at a time by "xla"; None chooses.
-      implementation: "xla"; "reference" for the recurrence token by token; "parallel" for one chunk of all tokens,
-        whose memory is quadratic; "scan" for the states of all tokens at once, for narrow heads; None is "xla".
+      chunk: tokens that are computed at a time by "xla" and "pallas_tpu"; None chooses.
+      implementation: "xla"; "pallas_tpu", and "pallas_tpu_interpret" for its programs on any device, slowly;
+        "reference" for the recurrence token by token; "parallel" for one chunk of all tokens, whose memory is
+        quadratic; "scan" for the states of all tokens at once, for narrow heads; None is best for the device.
       parallel: how the sequence crosses devices (striate.parallel.StateScan, ValueColumns); None leaves it on each.
 
     Returns:
@@ -91,6 +93,7 @@ def linear_attention(
 
     Raises:
       UserError: shapes or names that do not fit.
+      NotImplementedError: an implementation asked for by name that cannot run here.
     """
     _check(q_BTHD, k_BTKD, v_BTKV, rule, log_decay, beta, normalise, tokens, chunk, implementation)
     tokens = Tokens.arange(*q_BTHD.shape[:2]) if tokens is None else tokens
@@ -112,9 +115,29 @@ def _form(implementation, rule: str, normalise: bool, chunk: int | None, inputs:
     length = -(-inputs.k.shape[1] // SUB) * SUB
     if implementation == "parallel":
         return Chunked(rule, normalise, length)
+    if implementation != "xla" and (kernel := _kernel(implementation, rule, normalise, chunk, inputs)):
+        return kernel
     by_channel = inputs.log_decay is not None and inputs.log_decay.ndim == 4
     usual = CHUNK["costly" if by_channel or rule == "delta" else "plain"]
     return Chunked(rule, normalise, chunk or min(usual, length))
+
+
+def _kernel(implementation, rule: str, normalise: bool, chunk: int | None, inputs: Inputs) -> Recurrence | None:
+    """That of a TPU; None where nothing was asked for by name and another form is the better choice."""
+    if implementation is None and target() is None:
+        return None
+    # Imported when asked for: Pallas takes a moment.
+    from striate.pallas_kernels.tpu.linear import Interpreted, Kernel
+
+    kind = Interpreted if implementation == "pallas_tpu_interpret" else Kernel
+    reason = kind.suits(inputs, chunk)
+    if kind is Kernel and target() is None:
+        reason = "is for TPUs, and this program is not ('pallas_tpu_interpret' runs anywhere)"
+    if implementation is None and (reason or inputs.k.shape[1] < kind.usual):  # few tokens would be padding mostly
+        return None
+    if reason is None:
+        return kind(rule, normalise, chunk or kind.usual)
+    raise NotImplementedError(f"{implementation!r} {reason}: use implementation=None or 'xla'.")
 
 
 def _inputs(q, k, v, rule, log_decay, beta, document) -> Inputs:

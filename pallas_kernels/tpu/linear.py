@@ -4,7 +4,7 @@ A step of the grid is a block of chunks of one key/value head, with all query he
 follow one another, and the state stays in VMEM from the first to the last. The forward pass writes down what it is
 before each block, where gradients will be asked for. The backward pass walks the blocks from the last to the first:
 from that state it computes those between the chunks of the block again, then goes back through them, each by the vector
-Jacobian product of chunk.advance, with the cotangent of the state in VMEM.
+Jacobian products of chunk.py, with the cotangent of the state in VMEM.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from jax.experimental import pallas as pl
 
 from striate.lib.recurrence import Inputs, Recurrence, State, running_sum, segments
 from striate.lib.tiles import vary_alike
+from striate.pallas_kernels.tpu.chips import LANES
 from striate.pallas_kernels.tpu.chunk import Chunk, Rule, across, within
 from striate.pallas_kernels.tpu.parts import compiler_params
 
 CHUNKS = (16, 32, 64, 128, 256, 512)  # tokens
-BLOCK = 2**18  # bytes of the queries, or of the values, of a block at most, unless a chunk has more
-LONG = 4  # chunks of a block at most, where the program of one is long
+BLOCK = 2**18  # bytes of the queries, or of the values, of a block at most; half, where a chunk needs much by itself
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,7 @@ class Kernel(Recurrence):
 
     chunk: int
     interpret: ClassVar[Any] = False
+    usual: ClassVar[int] = 128  # tokens of a chunk, on every chip
 
     def run(self, inputs: Inputs, state: State) -> tuple[jax.Array, State]:
         out, state = self._over_blocks(inputs, state, read=True)
@@ -42,13 +43,13 @@ class Kernel(Recurrence):
         return self._over_blocks(inputs, state, read=False)[1]
 
     @classmethod
-    def suits(cls, inputs: Inputs, chunk: int) -> str | None:
+    def suits(cls, inputs: Inputs, chunk: int | None) -> str | None:
         """None; or why these kernels do not take such inputs."""
         if inputs.q.dtype not in (jnp.bfloat16, jnp.float32):
             return f"takes bfloat16 and float32, and not {inputs.q.dtype}"
         if not inputs.q.dtype == inputs.k.dtype == inputs.v.dtype:
             return f"takes one dtype, and not q {inputs.q.dtype}, k {inputs.k.dtype}, v {inputs.v.dtype}"
-        if chunk not in CHUNKS:
+        if chunk not in (None, *CHUNKS):
             return f"takes chunks of {', '.join(map(str, CHUNKS))} tokens, and not {chunk}"
         return None
 
@@ -101,12 +102,12 @@ class Plan(NamedTuple):
     @classmethod
     def of(cls, kernel: Kernel, inputs: Inputs) -> Plan:
         _, length, _, group, width = inputs.q.shape
-        of_chunk = kernel.chunk * max(group * width, inputs.v.shape[3]) * inputs.q.dtype.itemsize
         by_channel = inputs.log_decay is not None and inputs.log_decay.ndim == 4
         rule = Rule(kernel.rule, kernel.normalise, by_channel, inputs.q.dtype)
-        most = LONG if by_channel or kernel.rule == "delta" else BLOCK // of_chunk
-        chunks = max(1, min(most, BLOCK // of_chunk, -(-length // kernel.chunk)))
-        return cls(rule, kernel.chunk, chunks, kernel.interpret)
+        lanes = max(group * max(width, LANES), inputs.v.shape[3])
+        most = BLOCK // 2 if by_channel or kernel.rule == "delta" else BLOCK
+        chunks = min(most // (kernel.chunk * lanes * inputs.q.dtype.itemsize), -(-length // kernel.chunk))
+        return cls(rule, kernel.chunk, max(1, chunks), kernel.interpret)
 
     def padded(self, x, mode="constant"):
         """(B, T, ...) with T a multiple of the tokens of a block."""

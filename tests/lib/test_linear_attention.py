@@ -1,15 +1,21 @@
 """The linear recurrence: every rule and decay, in chunks and token by token, with documents and states."""
 
-import functools
-
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from oracles.linear import Problem, recurrence
+from oracles.linear import recurrence
 from striate import UserError
-from suites.linear import KINDS, attend, check_gradients, part, problem
+from suites.linear import (
+    KINDS,
+    attend,
+    check_gradients,
+    check_isolation,
+    check_that_a_state_goes_on,
+    check_values,
+    first_state,
+    problem,
+)
 
 
 @pytest.mark.parametrize(
@@ -17,30 +23,19 @@ from suites.linear import KINDS, attend, check_gradients, part, problem
 )
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_every_form_is_the_recurrence(kind, how):
-    given = problem(*kind)
-    true, states = recurrence(given)
-    out, state = attend(given, **how)
-    np.testing.assert_allclose(out, true, rtol=1e-5, atol=1e-5 * abs(true).max())
-    np.testing.assert_allclose(state.memory, states, rtol=1e-5, atol=1e-5 * abs(states).max())
+    check_values(problem(*kind), **how)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_gradients_are_those_of_the_recurrence(kind):
-    check_gradients(problem(*kind), chunk=32)
+    given = problem(*kind)
+    check_gradients(given, before=first_state(given), chunk=32)
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_a_state_goes_on_where_it_was_left(kind):
-    given = problem(*kind)
-    whole, state = attend(given, chunk=32)
-    parts, at = [], None
-    for start, stop in ((0, 20), (20, 21), (21, 22), (22, 75)):
-        out, at = attend(part(given, start, stop), chunk=16, initial_state=at)
-        parts.append(out)
-    np.testing.assert_allclose(np.concatenate(parts, 1), whole, rtol=1e-5, atol=1e-5)
-    for x, y in zip(at, state, strict=True):
-        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5)
+    check_that_a_state_goes_on(problem(*kind), (0, 20, 21, 22, 75), chunk=16)
 
 
 @pytest.mark.long
@@ -62,32 +57,7 @@ def test_weak_and_strong_decays(kind, strength):
 @pytest.mark.long
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_a_document_changes_no_bit_of_another(kind):
-    given = problem(*kind, length=100)
-    edited = given.document == 2
-    assert edited.any() and not edited.all()
-    other = problem(*kind, length=100, seed=1)
-
-    def mixed(x, y):
-        return x if x is None or x.ndim < 2 else np.where(edited.reshape(2, 100, *(1,) * (x.ndim - 2)), y, x)
-
-    changed = Problem(*given[:2], *(mixed(x, y) for x, y in zip(given[2:7], other[2:7], strict=True)), given.document)
-
-    @functools.partial(jax.jit, static_argnums=0)
-    def results(_, given_arrays):
-        def run(q, k, v):
-            return attend(given._replace(**{**given_arrays, "q": q, "k": k, "v": v}), chunk=16)[0]
-
-        out, pull = jax.vjp(run, *(given_arrays[name] for name in "qkv"))
-        return out, *pull(jnp.ones_like(out))
-
-    def both(of: Problem):
-        return results(
-            None, {name: x for name, x in of._asdict().items() if isinstance(x, np.ndarray) and name != "document"}
-        )
-
-    for before, after in zip(both(given), both(changed), strict=True):
-        np.testing.assert_array_equal(np.asarray(before)[~edited], np.asarray(after)[~edited])
-        assert (np.asarray(before)[edited] != np.asarray(after)[edited]).any()
+    check_isolation(kind, length=100, chunk=16)
 
 
 @pytest.mark.parametrize(

@@ -186,3 +186,67 @@ def test_decode_copies_no_cache_of_other_shapes(width, kv_heads, queries, dtype)
     heads = max(kv_heads, 12 if kv_heads == 12 else 16)
     shapes = decode_arrays(heads, kv_heads, width, queries, jnp.dtype(dtype), length=2**18 // kv_heads // 128 * 128)
     check_that_nothing_is_copied("v5e:2x2", decode(*MASKS["causal"]), shapes)
+
+
+def recurrence(implementation, **how):
+    """Both passes of linear attention."""
+
+    def loss(arrays, tokens):
+        out = striate.linear_attention(**arrays, tokens=tokens, implementation=implementation, **how)
+        return out.astype(jnp.float32).sum()
+
+    return jax.grad(loss)
+
+
+def recurrence_arrays(rule, decay, length=4096, heads=2, kv_heads=2, width=128, value_width=128, dtype=jnp.bfloat16):
+    """(arrays, tokens) of `recurrence`."""
+
+    def shape(*dimensions, dtype=dtype):
+        return jax.ShapeDtypeStruct((1, length, *dimensions), dtype)
+
+    arrays = {
+        "q_BTHD": shape(heads, width),
+        "k_BTKD": shape(kv_heads, width),
+        "v_BTKV": shape(kv_heads, value_width),
+    }
+    if decay != "none":
+        arrays["log_decay"] = shape(kv_heads, *[width] * (decay == "channel"), dtype=jnp.float32)
+    if rule == "delta":
+        arrays["beta"] = shape(kv_heads, dtype=jnp.float32)
+    field = shape(dtype=jnp.int32)
+    return arrays, Tokens(field, field)
+
+
+RECURRENCES = [("sum", False, "none"), ("sum", True, "token"), ("sum", False, "channel"), ("delta", False, "token")]
+
+
+@pytest.mark.tpu
+@pytest.mark.parametrize("kind", RECURRENCES, ids=str)
+@pytest.mark.parametrize("topology", CHIPS)
+def test_the_recurrence_compiles(topology, kind):
+    rule, normalise, decay = kind
+    # Nothing asked for by name: it is what a TPU gets.
+    compiled = plan.compile_for(
+        topology, recurrence(None, rule=rule, normalise=normalise), *recurrence_arrays(rule, decay)
+    )
+    assert compiled.as_text().count('custom_call_target="tpu_custom_call"') == 2
+
+
+@pytest.mark.tpu
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"width": 64, "value_width": 64},
+        {"width": 80, "value_width": 192},
+        {"width": 256, "value_width": 256},
+        {"width": 256, "value_width": 256, "dtype": jnp.float32},
+        {"heads": 8, "kv_heads": 1, "length": 1000},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("kind", RECURRENCES, ids=str)
+def test_recurrences_of_other_shapes_fit_the_smallest_memory(kind, how):
+    rule, normalise, decay = kind
+    plan.compile_for(
+        "v4:2x2x1", recurrence("pallas_tpu", rule=rule, normalise=normalise), *recurrence_arrays(rule, decay, **how)
+    )
