@@ -21,7 +21,7 @@ BLOCK = 64  # tokens of a block, where a long convolution keeps documents apart
 
 
 class Tail(NamedTuple):
-    """The last tokens so far, which the taps of a short convolution still reach."""
+    """The last tokens so far, which the taps of a short convolution still reach; not the padding at the end."""
 
     x: jax.Array  # (B, W - 1, C)
     document: jax.Array  # int32 (B, W - 1); PADDING where there was none
@@ -33,8 +33,11 @@ class Tail(NamedTuple):
 
     @classmethod
     def of(cls, x_BTC: jax.Array, document_BT: jax.Array, size: int) -> Tail:
-        start = x_BTC.shape[1] - size
-        return cls(x_BTC[:, start:], document_BT[:, start:])
+        length = document_BT.shape[1]
+        end = jnp.where(document_BT == PADDING, 0, jnp.arange(1, length + 1)[None]).max(1)
+        places = jnp.maximum(end, size)[:, None] - size + jnp.arange(size)[None]
+        x = jnp.take_along_axis(x_BTC, places[..., None], axis=1)
+        return cls(x, jnp.take_along_axis(document_BT, places, axis=1))
 
 
 class Parallel(Protocol):

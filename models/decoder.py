@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 
 import jax
@@ -10,10 +9,11 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from striate.lib import masks, positions
-from striate.lib.decoding.cache import Cache, KeyValues
+from striate.lib.decoding.cache import Cache, Carried, KeyValues
 from striate.lib.errors import UserError
 from striate.lib.parallel import Across
 from striate.lib.tokens import PADDING, Tokens
+from striate.models import recurrent
 from striate.models.layers import Attention, NgramEmbedding, RMSNorm, SwiGLU, weight
 from striate.models.scores import parse as parse_score
 
@@ -27,6 +27,7 @@ class Layer:
     """One place of the pattern: which mixer, under which mask, with which positions and which score."""
 
     mixer: str = "attention"
+    """Or a linear recurrence (striate.models.recurrent), which reads no mask, position or score: "gated_delta", ..."""
     mask: str = "causal() & same('document')"
     """Text, as `striate show mask` prints it."""
     position: str = "Rope(theta=10000.0)"
@@ -118,24 +119,24 @@ def _choice(name: str, value: str, known) -> None:
         raise UserError(f"{name} is {value!r}; there are {', '.join(map(repr, known))}.")
 
 
-def _attention(config: DecoderConfig, layer: Layer, parallel: Across | None, name: str) -> Attention:
+MIXERS = ("attention", *recurrent.LAYERS)
+
+
+def mixer(config: DecoderConfig, layer: Layer, parallel: Across | None, name: str | None = None) -> nn.Module:
+    """The module of a layer, called as (x, tokens, k_tokens, past), which gives (output, what to cache)."""
+    sizes = {"heads": config.heads, "kv_heads": config.kv_heads, "head_dim": config.head_dim}
+    common = {"name": name, **sizes, "out_deviation": config.out_deviation, "dtype": config.compute_dtype}
+    if layer.mixer != "attention":
+        kind, options = recurrent.LAYERS[layer.mixer]
+        return kind(**common, **options, parallel=parallel and parallel.recurrence)
     return Attention(
-        name=name,
-        heads=config.heads,
-        kv_heads=config.kv_heads,
-        head_dim=config.head_dim,
+        **common,
         mask=masks.parse(layer.mask),
         position=positions.parse(layer.position),
         score=layer.score,
-        out_deviation=config.out_deviation,
-        dtype=config.compute_dtype,
         implementation=config.implementation,
         parallel=parallel and parallel.attention,
     )
-
-
-MIXERS = {"attention": _attention}
-"""(config, layer, parallel, name) -> a module called as (x, tokens, k_tokens, past), which gives (output, to cache)."""
 
 
 class Block(nn.Module):
@@ -146,10 +147,10 @@ class Block(nn.Module):
     parallel: Across | None = None
 
     @nn.compact
-    def __call__(self, x_BTE: jax.Array, tokens: Tokens, k_tokens: Tokens, past: KeyValues | None):
+    def __call__(self, x_BTE: jax.Array, tokens: Tokens, k_tokens: Tokens, past: KeyValues | Carried | None):
         config, axes = self.config, ("batch", "length", "embed")
-        mixer = MIXERS[self.layer.mixer](config, self.layer, self.parallel, name=self.layer.mixer)
-        mixed_BTE, new = mixer(RMSNorm(name="mixer_norm")(x_BTE), tokens, k_tokens, past)
+        mix = mixer(config, self.layer, self.parallel, name=self.layer.mixer)
+        mixed_BTE, new = mix(RMSNorm(name="mixer_norm")(x_BTE), tokens, k_tokens, past)
         x_BTE = nn.with_logical_constraint(x_BTE + mixed_BTE, axes)
         feed_forward = SwiGLU(config.hidden, config.out_deviation, config.compute_dtype, name="feed_forward")
         x_BTE += feed_forward(RMSNorm(name="feed_forward_norm")(x_BTE))
@@ -163,7 +164,9 @@ class Pattern(nn.Module):
     parallel: Across | None = None
 
     @nn.compact
-    def __call__(self, x_BTE: jax.Array, tokens: Tokens, k_tokens: Tokens, past: tuple[KeyValues, ...] | None):
+    def __call__(
+        self, x_BTE: jax.Array, tokens: Tokens, k_tokens: Tokens, past: tuple[KeyValues | Carried, ...] | None
+    ):
         block, remat, new = Block, self.config.remat, []
         if remat != "none":
             policy = jax.checkpoint_policies.save_only_these_names(*_SAVED[remat])
@@ -261,8 +264,23 @@ class Decoder(nn.Module):
 
 def empty_cache(config: DecoderConfig, batch: int, slots: int) -> Cache:
     """A Cache of `slots` empty slots for a Decoder of this config."""
-    shape = (config.repeats, batch, slots, config.kv_heads, config.head_dim)
-    zeros = functools.partial(jnp.zeros, shape, config.compute_dtype)
     position = jnp.zeros((batch, slots), jnp.int32)
     tokens = Tokens(position=position, document=position + PADDING)
-    return Cache(tuple(KeyValues(zeros(), zeros()) for _ in config.pattern), tokens, jnp.int32(0))
+    layers = tuple(_empty_layer(config, layer, batch, slots) for layer in config.pattern)
+    return Cache(layers, tokens, jnp.int32(0))
+
+
+def _empty_layer(config: DecoderConfig, layer: Layer, batch: int, slots: int) -> KeyValues | Carried:
+    if layer.mixer == "attention":
+        shape = (config.repeats, batch, slots, config.kv_heads, config.head_dim)
+        return KeyValues(jnp.zeros(shape, config.compute_dtype), jnp.zeros(shape, config.compute_dtype))
+    x, tokens = jax.ShapeDtypeStruct((batch, 1, config.width), config.compute_dtype), Tokens.arange(batch, 1)
+    init = mixer(config, layer, None).init_with_output
+    (_, carried), _ = jax.eval_shape(lambda x: init(jax.random.key(0), x, tokens, tokens), x)
+
+    def empty(x):
+        # All integers in a state are documents.
+        whole = jnp.zeros((config.repeats, *x.shape), x.dtype)
+        return whole + PADDING if jnp.issubdtype(x.dtype, jnp.integer) else whole
+
+    return jax.tree.map(empty, carried)

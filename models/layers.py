@@ -41,6 +41,20 @@ def weight(module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str
     return nn.with_logical_constraint(value, tuple(None if axis == "embed" else axis for axis in axes))
 
 
+def queries_keys_values(module: nn.Module, x_BTE: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(B, T, H, D), (B, T, K, D), (B, T, K, D) for a module that has heads, kv_heads and head_dim.
+
+    One product makes all three: its output axis is (kv_heads, group + 2), the `group` queries of a key/value head
+    beside its key and its value, so that it is cut over key/value heads as a whole.
+    """
+    (batch, length, width), group = x_BTE.shape, module.heads // module.kv_heads
+    shape = (width, module.kv_heads, group + 2, module.head_dim)
+    qkv = weight(module, "qkv", shape, ("embed", "kv_heads", None, "head_dim"), width**-0.5)
+    qkv_BTKGD = jnp.einsum("bte,ekgd->btkgd", x_BTE, qkv)
+    q_BTHD = qkv_BTKGD[:, :, :, :group].reshape(batch, length, module.heads, module.head_dim)
+    return q_BTHD, qkv_BTKGD[:, :, :, group], qkv_BTKGD[:, :, :, group + 1]
+
+
 class RMSNorm(nn.Module):
     """`rms_norm` with a learned gain, which is whole on every device."""
 
@@ -51,11 +65,7 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Softmax attention with grouped queries, and queries and keys that are normalised and told their positions.
-
-    One product makes queries, keys and values: its output axis is (kv_heads, group + 2), the `group` queries of a
-    key/value head beside its key and its value, so that it is cut over key/value heads as a whole.
-    """
+    """Softmax attention with grouped queries, and queries and keys that are normalised and told their positions."""
 
     heads: int
     kv_heads: int
@@ -81,12 +91,7 @@ class Attention(nn.Module):
         Returns:
           (output (batch, length, width), the keys and values of `tokens`).
         """
-        (batch, length, width), group = x_BTE.shape, self.heads // self.kv_heads
-        shape = (width, self.kv_heads, group + 2, self.head_dim)
-        qkv = weight(self, "qkv", shape, ("embed", "kv_heads", None, "head_dim"), width**-0.5)
-        qkv_BTKGD = jnp.einsum("bte,ekgd->btkgd", x_BTE, qkv)
-        q_BTHD = qkv_BTKGD[:, :, :, :group].reshape(batch, length, self.heads, self.head_dim)
-        k_BTKD, v_BTKD = qkv_BTKGD[:, :, :, group], qkv_BTKGD[:, :, :, group + 1]
+        q_BTHD, k_BTKD, v_BTKD = queries_keys_values(self, x_BTE)
         q_BTHD = self.position.queries(RMSNorm(name="q_norm")(q_BTHD), tokens)
         k_BTKD = self.position.keys(RMSNorm(name="k_norm")(k_BTKD), tokens)
         new, mask = KeyValues(k_BTKD, v_BTKD), self.mask
@@ -95,7 +100,7 @@ class Attention(nn.Module):
             mask = mask & masks.key("document", low=0)
         how = {"score": parse_score(self.score)(self), "implementation": self.implementation, "parallel": self.parallel}
         out_BTHD = attention(q_BTHD, k_BTKD, v_BTKD, mask=mask, q_tokens=tokens, k_tokens=k_tokens, **how)
-        shape = (self.heads, self.head_dim, width)
+        shape = (self.heads, self.head_dim, x_BTE.shape[2])
         out = weight(self, "out", shape, ("heads", "head_dim", "embed"), self.out_deviation)
         return jnp.einsum("bthd,hde->bte", out_BTHD, out), new
 

@@ -1,8 +1,11 @@
-"""The cache of decoding: the keys and values of the past, and their Tokens, so that masks read them as any others."""
+"""The cache of decoding: the keys and values of the past, and their Tokens, so that masks read them as any others.
+
+A layer that is a recurrence keeps its state instead.
+"""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
@@ -15,23 +18,33 @@ class KeyValues(NamedTuple):
     keys: jax.Array  # (repeats, B, S, K, D)
     values: jax.Array  # (repeats, B, S, K, V)
 
+    def append(self, new: KeyValues, used: jax.Array) -> KeyValues:
+        return jax.tree.map(lambda slots, values: _put(slots, values, used, axis=2), self, new)
+
+
+class Carried(NamedTuple):
+    """What a recurrent layer goes on from, stacked over the repeats of the pattern."""
+
+    state: Any  # of the recurrence, whose form is that of the layer
+    tail: Any  # of its short convolution; None where it has none
+
+    def append(self, new: Carried, used: jax.Array) -> Carried:
+        return jax.tree.map(lambda old, value: value.astype(old.dtype), self, new)
+
 
 class Cache(NamedTuple):
     """A fixed number of slots, filled from the front. A model reads it and returns it with the new tokens appended."""
 
-    layers: tuple[KeyValues, ...]  # one for each place of the pattern
+    layers: tuple[KeyValues | Carried, ...]  # one for each place of the pattern
     tokens: Tokens  # (B, S); the document of an empty slot is -1
     used: jax.Array  # int32 (), the first empty slot
 
-    def append(self, new: tuple[KeyValues, ...], tokens: Tokens) -> Cache:
-        """Puts the keys and values of `tokens` (B, T) into the next T slots; there must be as many left."""
+    def append(self, new: tuple[KeyValues | Carried, ...], tokens: Tokens) -> Cache:
+        """Puts what the layers made of `tokens` (B, T) into the next T slots; there must be as many left."""
+        layers = tuple(layer.append(made, self.used) for layer, made in zip(self.layers, new, strict=True))
+        held = jax.tree.map(lambda slots, values: _put(slots, values, self.used, axis=1), self.tokens, tokens)
+        return Cache(layers, held, self.used + tokens.shape[1])
 
-        def put(slots, values, axis: int):
-            values = values.astype(slots.dtype)
-            return jax.lax.dynamic_update_slice_in_dim(slots, values, self.used, axis)
 
-        return Cache(
-            jax.tree.map(lambda slots, values: put(slots, values, axis=2), self.layers, new),
-            jax.tree.map(lambda slots, values: put(slots, values, axis=1), self.tokens, tokens),
-            self.used + tokens.shape[1],
-        )
+def _put(slots, values, used, axis: int):
+    return jax.lax.dynamic_update_slice_in_dim(slots, values.astype(slots.dtype), used, axis)

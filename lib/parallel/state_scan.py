@@ -134,8 +134,12 @@ class StateScan(RecurrenceParallel):
                 f"device holds in a row: use fewer devices for the sequence, fewer taps, or ValueColumns."
             )
         for run, part in enumerate(self._runs((x, document))):
-            before, tail = self._neighbour(Tail.of(*part, reach), tail, ascending=run == 0)
-            out.append(convolve(*part, taps, before)[0])
+            # The tokens next to the run, be they padding: taps count places.
+            end = Tail(*(x[:, x.shape[1] - reach :] for x in part))
+            before = _choose(self._place(run == 0) > 0, self._from_earlier(end, 1, run == 0), tail)
+            y, last = convolve(*part, taps, before)
+            out.append(y)
+            tail = self._from_last(end if run + 1 < self.runs else last, run == 0)
         return jnp.concatenate(out, axis=1), tail
 
     def _runs(self, tree) -> list:
@@ -163,10 +167,6 @@ class StateScan(RecurrenceParallel):
             distance *= 2
         before = _choose(place > 0, self._from_earlier(summary, 1, ascending).after(state), state)
         return before, self._from_last(summary.after(state), ascending)
-
-    def _neighbour(self, own: Tail, tail: Tail, ascending: bool) -> tuple[Tail, Tail]:
-        before = _choose(self._place(ascending) > 0, self._from_earlier(own, 1, ascending), tail)
-        return before, self._from_last(own, ascending)
 
     def _place(self, ascending: bool):
         index = jax.lax.axis_index(self.axis)

@@ -98,6 +98,7 @@ def test_every_strategy_is_the_same(name, shards):
 @pytest.mark.parametrize("name", [None, *SYSTEMS])
 def test_a_tail_goes_on_where_it_was_left(name):
     x, kernel, document, _ = problem(4, 48)
+    document[:, [15, 31, 47]] = np.maximum(document[:, [15, 31, 47]], 0)
     parallel, layout = SYSTEMS[name](2) if name else (None, Contiguous(1))
 
     @jax.jit
@@ -113,6 +114,16 @@ def test_a_tail_goes_on_where_it_was_left(name):
         parts.append(y)
     np.testing.assert_allclose(np.concatenate(parts, 1), oracle(x, kernel, document), rtol=1e-5, atol=1e-5)
     np.testing.assert_array_equal(tail.document, document[:, -3:])
+
+
+def test_padding_at_the_end_is_not_in_the_tail():
+    x, kernel, *_ = problem(4, 20)
+    document = np.zeros((2, 20), np.int32)
+    document[:, 12:16] = -1
+    _, tail = short_convolution(x[:, :16], kernel, tokens=tokens(document[:, :16]), return_tail=True)
+    y = short_convolution(x[:, 16:], kernel, tokens=tokens(document[:, 16:]), initial_tail=tail)
+    whole = np.concatenate([x[:, :12], x[:, 16:]], 1)
+    np.testing.assert_allclose(y, oracle(whole, kernel, 0 * document[:, 4:])[:, 12:], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", [None, "long", *SYSTEMS])
