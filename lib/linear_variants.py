@@ -2,8 +2,8 @@
 
 | member | is |
 |---|---|
-| Lightning-2, TransNormer, RetNet | `linear_attention` of silu(q), silu(k), log_decay=lightning_log_decay(heads) |
-| plain, normalised | `linear_attention` of elu_plus_one(q) and of k, normalise=True |
+| Katharopoulos et al. 2020 | `linear_attention` of elu_plus_one(q), elu_plus_one(k), normalise=True |
+| Lightning-2, TransNormer | `linear_attention` of silu(q), silu(k), log_decay=lightning_log_decay(heads) |
 | DeltaNet, gated DeltaNet | `linear_attention` of unit(k), rule="delta", with a log_decay a token |
 | LightNet | `running_softmax` of silu(q) |
 | Latte; causal Efficient Attention | `running_softmax` of softmax(q), over the latents of a head |
@@ -95,7 +95,7 @@ def running_softmax(
     m, z, rise, scales = _running_scale(f_BTKD, tokens.document, scales, parallel)
     batch, length, heads, width = f_BTKD.shape
     q = q_BTHD.reshape(batch, length, heads, -1, width)
-    q = jnp.where(z[:, :, :, None] == 0, 0.0, q / jnp.where(z == 0, 1.0, z)[:, :, :, None]).reshape(q_BTHD.shape)
+    q = (q / jnp.where(z == 0, 1.0, z)[:, :, :, None]).reshape(q_BTHD.shape)  # of no keys, no sum: it gives 0
     k = jnp.exp(f_BTKD - m)
     if position is not None:
         q, k = position(q, tokens.position), position(k, tokens.position)
@@ -259,7 +259,7 @@ def gated_lru(
     *,
     initial_state: tuple[State, State] | None = None,
     return_state: bool = False,
-    implementation: str = "scan",
+    implementation: str | None = None,
     **how,
 ):
     """The real-gated linear recurrent unit: in every channel, with r and i the gates,
@@ -270,7 +270,7 @@ def gated_lru(
       u_BTW: inputs, (batch, length, width).
       input_gate_BTW, recurrence_gate_BTW: i and r, 0 to 1.
       rate_W: at least 0, (width,): 8 softplus of a parameter in the paper, so that a is between its 8th power and 1.
-      implementation: of `linear_attention`, whose heads are the channels.
+      implementation: of `linear_attention`, whose heads are the channels; None is "scan".
 
     Returns:
       h (batch, length, width) in the dtype of u, with return_state also the States of the count of tokens and of h.
@@ -283,7 +283,7 @@ def gated_lru(
             "not fit: the first three need one shape (batch, length, width), and rate (width,)."
         )
     wide = jnp.promote_types(u_BTW.dtype, jnp.float32)
-    passes = _Passes(initial_state, how | {"implementation": implementation})
+    passes = _Passes(initial_state, how | {"implementation": implementation or "scan"})
     one = jnp.ones((*u_BTW.shape[:2], 1, 1), wide)
     begins_BT1 = passes(one, one, one)[..., 0] == 1
     log_a = -rate_W.astype(wide)[None, None] * recurrence_gate_BTW.astype(wide)

@@ -23,6 +23,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from striate.lib.errors import UserError
+from striate.lib.layouts import Contiguous
 from striate.lib.linear_attention import check_arrays, linear_attention
 from striate.lib.linear_variants import conserved
 from striate.lib.recurrence import HIGHEST, like, running, segments
@@ -150,11 +152,20 @@ def quasiseparable(
       v_BTKV: values.
       diagonal_BTH: (batch, length, heads).
       tokens: whose documents keep apart, in natural order.
-      how: chunk, implementation and parallel of `linear_attention`, for global arrays.
+      how: chunk, implementation and parallel of `linear_attention`, for global arrays in the order of the sequence.
+
+    Raises:
+      UserError: shapes that do not fit, or a `parallel` for tokens in another order.
 
     Source: Hwang et al. 2024 (Hydra).
     """
     tokens = Tokens.arange(*v_BTKV.shape[:2]) if tokens is None else tokens
+    layout = getattr(how.get("parallel"), "layout", None)
+    if not isinstance(layout, Contiguous | None):
+        raise UserError(
+            f"quasiseparable reads what lies beside a token, and under {layout} that is a token of another place: "
+            "restore the order of the sequence, and use StateScan(mesh)."
+        )
     before = _earlier(forward, v_BTKV, tokens, how)
     after = _earlier(Direction(*map(_reversed, backward)), _reversed(v_BTKV), tokens.map(_reversed), how)
     v = v_BTKV.repeat(diagonal_BTH.shape[2] // v_BTKV.shape[2], axis=2)

@@ -10,7 +10,7 @@ import pytest
 from oracles import linear_variants as oracle
 from oracles.derivatives import gradients
 from striate import Tokens, UserError, positions
-from striate.lib.layouts import ZigZag
+from striate.lib.layouts import Striped, ZigZag
 from striate.lib.linear_attention import linear_attention
 from striate.lib.linear_variants import (
     elu_plus_one,
@@ -21,7 +21,7 @@ from striate.lib.linear_variants import (
     running_softmax,
     unit,
 )
-from striate.lib.parallel import StateScan
+from striate.lib.parallel import ReorderedScan, StateScan, ValueColumns
 from suites.attention import mesh
 from suites.linear import documents
 from suites.members import Member, Problem, check_documents_do_not_mix, check_gradients, check_values, problem
@@ -60,9 +60,30 @@ def test_gradients_are_those_of_the_definition(name):
 
 @pytest.mark.long
 @every_member
-def test_a_document_changes_no_bit_of_another(name):
+def test_a_document_changes_no_bit_of_another_and_padding_none_at_all(name):
     given = problem(length=40)
-    check_documents_do_not_mix(MEMBERS[name], given, given.document == 2, chunk=16)
+    check_documents_do_not_mix(MEMBERS[name], given, (given.document == 2) | (given.document == -1), chunk=16)
+
+
+@pytest.mark.long
+@every_member
+def test_no_gradient_flows_from_what_comes_later_or_is_of_another_document(name):
+    given = problem(batch=1, length=20, heads=2, kv_heads=1)
+    weights = np.random.default_rng(4).normal(size=(2, 2)).astype(np.float32)
+
+    @jax.jit
+    @jax.jacrev
+    def slopes(arrays):
+        out = MEMBERS[name].run(*arrays, tokens=given.tokens, chunk=16)
+        return jnp.einsum("thv,hv->t", out[0], weights)
+
+    reached = np.zeros((20, 20), bool)
+    for x in slopes(given[:3]):
+        reached |= (np.asarray(x)[:, 0] != 0).any((2, 3))
+    seen = np.zeros((20, 20), bool)
+    for place in oracle.by_run(given.document[0]):
+        seen[np.ix_(place, place)] = np.tri(len(place), dtype=bool)
+    np.testing.assert_array_equal(reached, seen)
 
 
 @every_member
@@ -81,14 +102,38 @@ def test_a_member_goes_on_where_it_was_left(name):
     np.testing.assert_allclose(np.concatenate(parts, 1), whole, rtol=1e-5, atol=1e-5 * abs(whole).max())
 
 
+STRIPED = Striped(4, 1)
+SYSTEMS = {
+    "zigzag": lambda: StateScan(mesh(sequence=4), layout=ZigZag(4)),
+    "striped": lambda: ReorderedScan(mesh(sequence=4), layout=STRIPED),
+    "columns": lambda: ValueColumns(mesh(sequence=4), layout=STRIPED),
+}
+
+
 @pytest.mark.long
+@pytest.mark.parametrize(
+    ("name", "system"), [*((name, "zigzag") for name in MEMBERS), *(("running softmax", x) for x in SYSTEMS)][1:]
+)
+def test_a_member_runs_over_a_sharded_sequence(name, system):
+    given, parallel = problem(length=32, width=4, value_width=4), SYSTEMS[system]()
+    laid_out = Problem(*(parallel.layout.permute(x) for x in given))
+    out, true = MEMBERS[name](laid_out, parallel=parallel, chunk=16), MEMBERS[name].true(given)
+    np.testing.assert_allclose(parallel.layout.restore(out), true, rtol=1e-5, atol=1e-5 * abs(true).max())
+
+
+@pytest.mark.long
+def test_gradients_cross_devices():
+    given = problem(batch=1, length=16, heads=2, kv_heads=1, strength=3.0)
+    check_gradients(MEMBERS["running softmax"], given, parallel=StateScan(mesh(sequence=4)), chunk=16)
+
+
 @every_member
-def test_a_member_runs_over_a_sharded_sequence(name):
-    given, layout = problem(length=32), ZigZag(4)
-    laid_out = Problem(*(layout.permute(x) for x in given))
-    out = MEMBERS[name](laid_out, parallel=StateScan(mesh(sequence=4), layout=layout), chunk=16)
-    true = MEMBERS[name].true(given)
-    np.testing.assert_allclose(layout.restore(out), true, rtol=1e-5, atol=1e-5 * abs(true).max())
+def test_half_precision_is_rounded_at_the_ends_alone(name):
+    given = problem(batch=1)
+    half = Problem(*(jnp.asarray(x, jnp.bfloat16) for x in given[:3]), given.document)
+    out, true = MEMBERS[name](half, chunk=16), MEMBERS[name].true(half)
+    assert out.dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.float64(out), true, rtol=2**-7, atol=2**-7 * abs(true).max())
 
 
 def test_lightning_decays_by_head_and_layer():

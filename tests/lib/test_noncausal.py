@@ -11,8 +11,10 @@ from jax.sharding import PartitionSpec as P
 from oracles import linear_variants as oracle
 from oracles.derivatives import gradients
 from striate import Tokens, UserError
+from striate.lib.layouts import ZigZag
 from striate.lib.linear_attention import linear_attention
 from striate.lib.noncausal import Direction, global_attention, global_flow, global_softmax, quasiseparable
+from striate.lib.parallel import StateScan
 from suites.attention import mesh
 from suites.linear import documents
 from suites.members import Member, Problem, check_documents_do_not_mix, check_gradients, check_values, problem
@@ -36,9 +38,9 @@ def test_gradients_are_those_of_the_definition(name):
 
 
 @every_member
-def test_a_document_changes_no_bit_of_another(name):
+def test_a_document_changes_no_bit_of_another_and_padding_none_at_all(name):
     given = problem(length=40)
-    check_documents_do_not_mix(MEMBERS[name], given, given.document == 2)
+    check_documents_do_not_mix(MEMBERS[name], given, (given.document == 2) | (given.document == -1))
 
 
 @every_member
@@ -142,6 +144,14 @@ class TestQuasiseparable:
         document = np.zeros((2, 37), np.int32)
         turned = self.run([x[:, ::-1] for x in arrays], document)
         np.testing.assert_allclose(turned, self.run(arrays, document)[:, ::-1], rtol=1e-5, atol=1e-5)
+
+    @pytest.mark.long
+    def test_it_runs_over_a_sharded_sequence_in_its_order(self):
+        arrays, document = self.given(length=32)
+        out, true = self.run(arrays, document, parallel=StateScan(mesh(sequence=4))), self.true(document, *arrays)
+        np.testing.assert_allclose(out, true, rtol=1e-5, atol=1e-5 * abs(true).max())
+        with pytest.raises(UserError, match=r"under ZigZag\(.*restore the order"):
+            self.run(arrays, document, parallel=StateScan(mesh(sequence=4), layout=ZigZag(4)))
 
     def test_without_keys_only_the_diagonal_is_left(self):
         arrays, document = self.given()
