@@ -1,4 +1,4 @@
-"""The examples of docs/attention.md run, one after the other, and its commands are understood."""
+"""The examples of the pages of docs/ run, one after the other, and the commands are understood."""
 
 import re
 import shlex
@@ -10,18 +10,24 @@ import pytest
 
 from striate.lib.cli import parse
 
-PAGE = (Path(__file__).resolve().parent.parent / "docs" / "attention.md").read_text()
-BLOCKS = re.findall(r"^```(\w*)\n(.+?)^```", PAGE, re.DOTALL | re.MULTILINE)
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+PAGES = ("attention", "linear_attention")
+BLOCKS = {
+    page: re.findall(r"^```(\w*)\n(.+?)^```", (DOCS / f"{page}.md").read_text(), re.DOTALL | re.MULTILINE)
+    for page in PAGES
+}
+LINES = [line for blocks in BLOCKS.values() for language, text in blocks if not language for line in text.splitlines()]
 
 
 @pytest.mark.long
-def test_the_examples_run():
-    examples = [text for language, text in BLOCKS if language == "python"]
-    assert len(examples) >= 10
+@pytest.mark.parametrize("page", PAGES)
+def test_the_examples_run(page):
+    examples = [text for language, text in BLOCKS[page] if language == "python"]
+    assert len(examples) >= 6
     done = subprocess.run([sys.executable, "-c", "\n".join(examples)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-@pytest.mark.parametrize("line", [line for language, text in BLOCKS if not language for line in text.splitlines()])
+@pytest.mark.parametrize("line", LINES)
 def test_commands_are_understood(line):
     assert parse(shlex.split(line)[1:])
