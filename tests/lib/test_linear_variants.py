@@ -24,7 +24,15 @@ from striate.lib.linear_variants import (
 from striate.lib.parallel import ReorderedScan, StateScan, ValueColumns
 from suites.attention import mesh
 from suites.linear import documents
-from suites.members import Member, Problem, check_documents_do_not_mix, check_gradients, check_values, problem
+from suites.members import (
+    Member,
+    Problem,
+    check_documents_do_not_mix,
+    check_gradients,
+    check_memory_is_linear,
+    check_values,
+    problem,
+)
 
 
 def ordered(order: str) -> Member:
@@ -134,6 +142,12 @@ def test_half_precision_is_rounded_at_the_ends_alone(name):
     out, true = MEMBERS[name](half, chunk=16), MEMBERS[name].true(half)
     assert out.dtype == jnp.bfloat16
     np.testing.assert_allclose(np.float64(out), true, rtol=2**-7, atol=2**-7 * abs(true).max())
+
+
+@pytest.mark.long
+@every_member
+def test_memory_is_linear_in_the_length(name):
+    check_memory_is_linear(MEMBERS[name], chunk=16)
 
 
 def test_lightning_decays_by_head_and_layer():

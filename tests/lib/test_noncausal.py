@@ -17,7 +17,15 @@ from striate.lib.noncausal import Direction, global_attention, global_flow, glob
 from striate.lib.parallel import StateScan
 from suites.attention import mesh
 from suites.linear import documents
-from suites.members import Member, Problem, check_documents_do_not_mix, check_gradients, check_values, problem
+from suites.members import (
+    Member,
+    Problem,
+    check_documents_do_not_mix,
+    check_gradients,
+    check_memory_is_linear,
+    check_values,
+    problem,
+)
 
 MEMBERS = {
     "attention": Member(global_attention, oracle.global_attention, oracle.by_number),
@@ -48,6 +56,12 @@ def test_tokens_in_another_order_give_the_same_in_that_order(name):
     given, order = problem(), np.random.default_rng(2).permutation(37)
     out = MEMBERS[name](Problem(*(x[:, order] for x in given)))
     np.testing.assert_allclose(out, MEMBERS[name](given)[:, order], rtol=2e-5, atol=1e-5)
+
+
+@pytest.mark.long
+@every_member
+def test_memory_is_linear_in_the_length(name):
+    check_memory_is_linear(MEMBERS[name])
 
 
 def test_over_a_sharded_sequence_only_sums_cross():

@@ -81,3 +81,17 @@ def check_documents_do_not_mix(member: Member, given: Problem, edited, **how) ->
         np.testing.assert_array_equal(np.asarray(before)[~edited], np.asarray(after)[~edited])
         assert (np.asarray(before)[edited] != np.asarray(after)[edited]).any()
         assert np.isfinite(after).all()
+
+
+def check_memory_is_linear(member: Member, **how) -> None:
+    """Of results and gradients, in the length."""
+
+    def temporary_bytes(length: int) -> int:
+        def both(q, k, v):
+            out, pull = jax.vjp(lambda *arrays: member.run(*arrays, **how), q, k, v)
+            return out, *pull(out)
+
+        array = jax.ShapeDtypeStruct((1, length, 2, 4), np.float32)
+        return jax.jit(both).lower(array, array, array).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporary_bytes(1024) < 2.2 * temporary_bytes(512)
