@@ -27,7 +27,8 @@ from striate.lib.errors import UserError
 from striate.lib.layouts import Contiguous
 from striate.lib.linear_attention import check_arrays, linear_attention
 from striate.lib.linear_variants import conserved
-from striate.lib.recurrence import HIGHEST, like, running, segments
+from striate.lib.recurrence import HIGHEST, like, segments
+from striate.lib.scans import scan
 from striate.lib.tokens import PADDING, Tokens
 
 
@@ -181,7 +182,8 @@ def _earlier(direction: Direction, v, tokens: Tokens, how: dict):
     def later(earlier, now):
         return earlier[0] | now[0], jnp.where(like(now[0], now[1]), now[1], earlier[1])
 
-    _, last = running(later, (real, out), segment)
+    nothing = real[:, 0] & False, jnp.zeros_like(out[:, 0])
+    _, last = scan(later, (real, out), segment, nothing)
     last, of = (jnp.concatenate([jnp.zeros_like(x[:, :1]), x[:, :-1]], axis=1) for x in (last, segment))
     return jnp.where(like(real & (of == segment), out), last, 0.0)
 

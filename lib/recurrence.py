@@ -124,9 +124,10 @@ def segments(document_BT: jax.Array, before_B: jax.Array):
 
 
 def running(combine: Callable, x, segment_BT: jax.Array):
-    """The tokens of its segment up to each, put together by an associative `combine(earlier, later)`.
+    """The tokens of its segment up to each, put together by an associative `combine(earlier, later)`, in log T steps.
 
-    x is a pytree of (B, T, ...). Nothing of one segment is in another, not even as a rounding error.
+    x is a pytree of (B, T, ...), for a chunk; lib/scans.py has the same for a sequence. Nothing of one segment is in
+    another, not even as a rounding error.
     """
     previous = jnp.concatenate([segment_BT[:, :1], segment_BT[:, :-1]], axis=1)
 

@@ -7,7 +7,7 @@ import pytest
 
 from oracles.linear import recurrence
 from striate.lib.recurrence import Inputs, State
-from striate.lib.scans import LogSumExp
+from striate.lib.scans import LogSumExp, scan
 from suites.linear import KINDS, attend, check_gradients, documents, part, problem
 
 SUMS = [kind for kind in KINDS if kind[0] == "sum"]
@@ -15,6 +15,26 @@ SUMS = [kind for kind in KINDS if kind[0] == "sum"]
 
 def attended(given, **how):
     return jax.jit(lambda: attend(given, implementation="scan", **how))()
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 15, 16, 17, 50])
+def test_a_scan_puts_together_what_is_of_one_segment_in_its_order(length):
+    """Lines y = a x + b modulo a prime, one after the other: in another order they are another line."""
+    rng = np.random.default_rng(length)
+    segment, prime = np.sort(rng.integers(0, 4, (3, length)), axis=1), 97
+    x, before = rng.integers(1, prime, (2, 3, length)), rng.integers(1, prime, (2, 3))
+
+    def then(earlier, later):
+        (a, b), (c, d) = earlier, later
+        return a * c % prime, (c * b + d) % prime
+
+    got = jax.jit(lambda *arrays: scan(then, *arrays))(tuple(x), segment, tuple(before))
+    for row in range(3):
+        line, now = before[:, row], 0
+        for t in range(length):
+            line = then(line, x[:, row, t]) if segment[row, t] == now else x[:, row, t]
+            now = segment[row, t]
+            assert [y[row, t] for y in got] == list(line)
 
 
 @pytest.mark.parametrize("kind", SUMS, ids=str)
@@ -100,12 +120,10 @@ def test_the_running_log_sum_exp_goes_on_from_run_to_run():
 
 
 def test_summaries_of_neighbours_compose():
-    f, document = features(seed=1, length=40)
-    form, state = LogSumExp("sum", False), empty(f)
-    first, second, third = (
-        form.summarise(log_sum_exp_inputs(f[:, run], document[:, run]))
-        for run in (slice(0, 13), slice(13, 14), slice(14, 40))
-    )
+    f, document = features(seed=1, length=39)
+    summarise, state = jax.jit(LogSumExp("sum", False).summarise), empty(f)
+    runs = (slice(0, 13), slice(13, 26), slice(26, 39))
+    first, second, third = (summarise(log_sum_exp_inputs(f[:, run], document[:, run])) for run in runs)
     one_by_one = third.after(second.after(first.after(state)))
     for composed in (first.then(second).then(third), first.then(second.then(third))):
         for x, y in zip(composed.after(state), one_by_one, strict=True):
