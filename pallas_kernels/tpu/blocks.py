@@ -11,6 +11,8 @@ import jax
 
 from striate.pallas_kernels.tpu.chips import LANES, target
 
+LARGE = 2**19  # logits of a part that gains by being cut in two, so that one is ahead of the other
+
 
 class Parts(NamedTuple):
     """How a tile is cut: lengths of a part in queries and keys, and how many parts the products are ahead."""
@@ -20,10 +22,10 @@ class Parts(NamedTuple):
     ahead: int
 
     def of(self, rows: slice, keys: slice) -> Parts:
-        """Those of some rows and keys of a tile: no longer, dividing them, and two at least where one is ahead."""
+        """Those of some rows and keys of a tile: no longer, dividing them; not a large one alone where one is ahead."""
         whole = rows.stop - rows.start, keys.stop - keys.start
         queries, length = map(_divisor, whole, self[:2])
-        if self.ahead and (queries, length) == whole:
+        if self.ahead and (queries, length) == whole and queries * length >= LARGE:
             queries = _divisor(queries, queries // 2)
         return Parts(queries, length, self.ahead)
 
