@@ -16,7 +16,8 @@ from striate.models.decoder import Decoder, DecoderConfig, Layer, empty_cache
 from suites.attention import mesh
 
 LENGTH = 32
-NAMES = list(recurrent.LAYERS)
+USUAL = ("gated_delta", "lightnet")  # the rest of them as often as all tests are run
+NAMES = [pytest.param(name, marks=() if name in USUAL else pytest.mark.slow) for name in recurrent.LAYERS]
 
 
 @functools.cache
@@ -100,8 +101,8 @@ STRATEGIES = {
     "states, striped": (lambda m: ReorderedScan(m, layout=Striped(4, 2)), Striped(4, 2)),
     "columns, striped": (lambda m: ValueColumns(m, layout=Striped(4, 1)), Striped(4, 1)),
 }
-PAIRS = [(name, "states, zigzag") for name in NAMES if name != "gated_lru"]
-PAIRS += [("gated_delta", "states, striped"), ("gated_delta", "columns, striped"), ("gated_lru", "states, zigzag")]
+PAIRS = [pytest.param(*name.values, "states, zigzag", marks=name.marks) for name in NAMES]
+PAIRS += [("gated_delta", "states, striped"), ("gated_delta", "columns, striped")]
 
 
 @pytest.mark.long
