@@ -21,7 +21,7 @@ from striate.lib.recurrence import Inputs, Recurrence, State, running_sum, segme
 from striate.lib.tiles import vary_alike
 from striate.pallas_kernels.tpu.chips import LANES
 from striate.pallas_kernels.tpu.chunk import Chunk, Rule, across, within
-from striate.pallas_kernels.tpu.parts import compiler_params
+from striate.pallas_kernels.tpu.parts import compiler_params, in_turn
 
 CHUNKS = (16, 32, 64, 128, 256, 512)  # tokens
 BLOCK = 2**18  # bytes of the queries, or of the values, of a block at most; half, where a chunk needs much by itself
@@ -137,6 +137,10 @@ class Plan(NamedTuple):
             return self.rows(jnp.moveaxis(b[..., 0], 2, 3))
         return jnp.moveaxis(b, 2, 1).reshape(*b.shape[:1], b.shape[2], -1, b.shape[4])
 
+    def tokens(self, number: int):
+        """Those of a chunk of a block."""
+        return pl.ds(number * self.chunk, self.chunk)
+
     def within(self, segment, given: Given, number: int):
         """(chunk.within, that chunk) of the blocks of a step."""
         refs = self._of_chunk(given, number)
@@ -149,7 +153,7 @@ class Plan(NamedTuple):
                 ref[at] = x.astype(ref.dtype)
 
     def _of_chunk(self, given: Given, number: int):
-        tokens, row = pl.ds(number * self.chunk, self.chunk), pl.ds(number, 1)
+        tokens, row = self.tokens(number), pl.ds(number, 1)
         of_sums = (tokens,) if self.rule.by_channel else (row,)
         return (
             (given.q, (slice(None), tokens)),
@@ -251,13 +255,17 @@ def _forward_step(plan: Plan, segment, given: Given, out, memory, total, before)
         function, chunk = plan.within(segment, given, number)
         return function(chunk)
 
-    # What a chunk is by itself is issued before what the one before it does with the state.
-    after = begin(0)
-    for number in range(plan.chunks):
-        chunk, after = after, begin(number + 1) if number + 1 < plan.chunks else None
+    def go_on(number, chunk):
+        nonlocal state
         read, *state = across(plan.rule, chunk, *state)
+        return (read,)
+
+    def write(number, read):
         if out is not None:
-            out[:, pl.ds(number * plan.chunk, plan.chunk)] = read.astype(out.dtype)
+            out[:, plan.tokens(number)] = read.astype(out.dtype)
+
+    # What a chunk is by itself is issued before what the one before it does with the state.
+    in_turn([(number,) for number in range(plan.chunks)], 1, begin, go_on, write)
     memory[...], total[...] = state
 
 
@@ -295,12 +303,21 @@ def _backward_step(plan: Plan, segment, given: Given, before, d_out, d_memory, d
     for chunk in chunks[:-1]:
         states.append(across(plan.rule, chunk._replace(weights=None, row=None), *states[-1])[1:])
     d_state = gradients.memory[...], gradients.total[...]
-    for number in reversed(range(plan.chunks)):
+
+    def begin(number):
+        nonlocal d_state
         _, pull = jax.vjp(functools.partial(across, plan.rule), chunks[number], *states[number])
-        tokens = pl.ds(number * plan.chunk, plan.chunk)
-        d_read = None if d_out is None else d_out[:, tokens].astype(jnp.float32)
-        d_within, *d_state = pull((d_read, *d_state))
-        plan.put(gradients, number, *pulls[number](d_within))
+        d_read = None if d_out is None else d_out[:, plan.tokens(number)].astype(jnp.float32)
+        d_chunk, *d_state = pull((d_read, *d_state))
+        return d_chunk
+
+    in_turn(
+        [(number,) for number in reversed(range(plan.chunks))],
+        1,
+        begin,
+        lambda number, d_chunk: pulls[number](d_chunk),
+        lambda number, d_given: plan.put(gradients, number, d_given),
+    )
     gradients.memory[...], gradients.total[...] = d_state
 
 

@@ -1,14 +1,13 @@
 """The linear recurrence: every rule and decay, in chunks and token by token, with documents and states."""
 
-import jax
 import numpy as np
 import pytest
 
-from oracles.linear import recurrence
 from striate import UserError
 from suites.linear import (
     KINDS,
     attend,
+    check_decays,
     check_gradients,
     check_isolation,
     check_that_a_state_goes_on,
@@ -42,16 +41,7 @@ def test_a_state_goes_on_where_it_was_left(kind):
 @pytest.mark.parametrize("strength", [1e-6, 50.0, 1e4])
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind[2] != "none"], ids=str)
 def test_weak_and_strong_decays(kind, strength):
-    given = problem(*kind, strength=strength)
-    true, _ = recurrence(given)
-    out, state = attend(given)
-    np.testing.assert_allclose(out, true, rtol=1e-5, atol=1e-5 * abs(true).max())
-
-    def loss(v, log_decay):
-        return (attend(given._replace(v=v, log_decay=log_decay))[0] ** 2).sum()
-
-    assert all(np.isfinite(x).all() for x in jax.grad(loss, (0, 1))(given.v, given.log_decay))
-    assert np.isfinite(state.memory).all()
+    check_decays(problem(*kind, strength=strength))
 
 
 @pytest.mark.long

@@ -110,6 +110,17 @@ def check_values(given: Problem, **how) -> None:
     np.testing.assert_allclose(state.memory, states, rtol=1e-5, atol=1e-5 * abs(states).max())
 
 
+def check_decays(given: Problem, **how) -> None:
+    """Values, and that gradients are finite: for decays that are as good as none, or leave nothing."""
+    check_values(given, **how)
+
+    def loss(v, log_decay):
+        out, state = attend(given._replace(v=v, log_decay=log_decay), **how)
+        return (out**2).sum() + state.memory.sum()
+
+    assert all(np.isfinite(x).all() for x in jax.jit(jax.grad(loss, (0, 1)))(given.v, given.log_decay))
+
+
 def check_that_a_state_goes_on(given: Problem, cuts: tuple[int, ...], **how) -> None:
     """A sequence cut there, each part from the state that the one before it left, is the whole sequence."""
     (whole, state), parts, at = attend(given, **how), [], None

@@ -10,6 +10,7 @@ from suites.attention import FLOOR
 from suites.linear import (
     KINDS,
     attend,
+    check_decays,
     check_gradients,
     check_isolation,
     check_that_a_state_goes_on,
@@ -49,9 +50,16 @@ def test_a_document_changes_no_bit_of_another(kind):
     check_isolation(kind, length=100, **KERNEL)
 
 
-@pytest.mark.parametrize("kind", few())
+@pytest.mark.parametrize("kind", few(SOME[1:]))
 def test_a_state_goes_on_where_it_was_left(kind):
     check_that_a_state_goes_on(problem(*kind), (0, 20, 21, 75), **KERNEL)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("strength", [1e-6, 1e4])
+@pytest.mark.parametrize("kind", [("sum", True, "channel"), ("delta", False, "token")], ids=str)
+def test_weak_and_strong_decays(kind, strength):
+    check_decays(problem(*kind, strength=strength), **KERNEL)
 
 
 @pytest.mark.parametrize("kind", [("sum", False, "token"), ("delta", False, "channel")], ids=str)
