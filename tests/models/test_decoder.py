@@ -203,7 +203,7 @@ def test_the_first_loss_is_that_of_a_uniform_guess():
         ({"width": 0}, r"width is 0; it has to be at least 1\."),
         ({"pattern": ()}, r"pattern is empty; it needs at least one Layer\(\)\."),
         ({"pattern": (Layer(mask="casual()"),)}, r"'casual', which is no mask \(did you mean 'causal'\?\)"),
-        ({"pattern": (Layer(mixer="attentoin"),)}, r"mixer is 'attentoin'; there are 'attention'\."),
+        ({"pattern": (Layer(mixer="attentoin"),)}, r"mixer is 'attentoin'; there are 'attention', 'lightning', "),
         ({"remat": "all"}, r"remat is 'all'; there are 'none', 'layer', 'attention'\."),
         ({"compute_dtype": "float16"}, r"compute_dtype is 'float16'; there are 'float32', 'bfloat16'\."),
         ({"ngram_orders": (0,)}, r"ngram_orders is \(0,\); each has to be at least 1\."),

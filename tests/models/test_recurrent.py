@@ -16,7 +16,7 @@ from striate.models.decoder import Decoder, DecoderConfig, Layer, empty_cache
 from suites.attention import mesh
 
 LENGTH = 32
-USUAL = ("gated_delta", "lightnet")  # the rest of them as often as all tests are run
+USUAL = ("gated_delta",)  # the rest of them as often as all tests are run
 NAMES = [pytest.param(name, marks=() if name in USUAL else pytest.mark.slow) for name in recurrent.LAYERS]
 
 
