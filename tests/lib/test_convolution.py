@@ -167,7 +167,7 @@ def test_what_an_fft_would_do_to_documents():
             "need .*\\(1, 8\\)",
         ),
         (
-            lambda: short_convolution(np.ones((1, 8, 4)), np.ones((4, 4)), parallel=StateScan(mesh(sequence=4))),
+            lambda: short_convolution(jnp.ones((1, 8, 4)), jnp.ones((4, 4)), parallel=StateScan(mesh(sequence=4))),
             "4 taps reaches over more than the 2 tokens",
         ),
     ],
