@@ -1,4 +1,8 @@
-"""The Experiment: one frozen tree of the rooms' own configs. A config file defines `experiment = Experiment(...)`."""
+"""The Experiment: one frozen tree of the rooms' own configs. A config file defines `experiment = Experiment(...)`.
+
+A file of configs/papers/ stands for a published system and defines `system = System(...)`, with an experiment where it
+is a model of the next token.
+"""
 
 from __future__ import annotations
 
@@ -20,3 +24,17 @@ class Experiment:
     optimiser: OptimiserConfig = field(default_factory=OptimiserConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     run: RunConfig = field(default_factory=RunConfig)
+
+
+@dataclass(frozen=True)
+class System:
+    """A published system, as what it is here."""
+
+    paper: str
+    """Authors, year and title."""
+    form: str
+    """What it is here: the layer, or the call."""
+    tests: str
+    """The file of its tests, from the root of the repository."""
+    asks: dict[str, tuple[str, float]] = field(default_factory=dict)
+    """What its benchmark, benchmarks/papers/NAME.py, has to reach: {what is measured: (">=" or "<=", figure)}."""

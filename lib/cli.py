@@ -16,7 +16,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import redirect_stderr
 from dataclasses import dataclass
 from functools import reduce
-from itertools import takewhile
+from itertools import takewhile, zip_longest
 from operator import or_
 from pathlib import Path
 from typing import Annotated, Any, Generic, NoReturn, TypeVar
@@ -117,7 +117,9 @@ class Bench:
     """Also write the figures to this file."""
 
     def __call__(self) -> None:
-        files = {file.stem.replace("_", "-"): file for file in sorted(ROOT.glob("benchmarks/[a-z]*.py"))}
+        folder = ROOT / "benchmarks"
+        found = sorted([*folder.glob("[a-z]*.py"), *folder.glob("papers/[a-z]*.py")])
+        files = {file.relative_to(folder).with_suffix("").as_posix().replace("_", "-"): file for file in found}
         if not files:
             raise UserError("There are no benchmarks beside the package: they come with a clone of the repository.")
         name = self.name.replace("_", "-")
@@ -128,6 +130,25 @@ class Bench:
         raise SystemExit(subprocess.run([sys.executable, str(files[name]), *figures], check=False).returncode)
 
 
+@dataclass(frozen=True)
+class Systems:
+    """List the published systems: what each is here, and what its benchmark was to reach and did."""
+
+    def __call__(self) -> None:
+        measured = json.loads((ROOT / "configs/papers/results.json").read_text())
+        table = Table("system", "is", "asked", "reached", box=box.SIMPLE)
+        for name, (_, given) in papers().items():
+            system, reached = given["system"], measured.get(name, {})
+            config = f"\nstriate train papers/{name}" if "experiment" in given else ""
+            asks = [f"{what} {relation} {figure:g}" for what, (relation, figure) in system.asks.items()]
+            figures = [f"{reached[what]:g}" if what in reached else "not measured" for what in system.asks]
+            lines = zip_longest([f"{system.form}{config}"], asks, figures, fillvalue="")
+            for index, (form, ask, figure) in enumerate(lines):
+                table.add_row(name if index == 0 else "", form, ask, figure)
+            table.add_row("", "", "", "")
+        Console(highlight=False).print(table)
+
+
 COMMANDS = {
     "train": Train,
     "evaluate": Evaluate,
@@ -135,6 +156,7 @@ COMMANDS = {
     "show mask": ShowMask,
     "show layout": ShowLayout,
     "show config": ShowConfig,
+    "systems": Systems,
     "bench": Bench,
 }
 
@@ -232,6 +254,7 @@ def load_experiment(name: str) -> Any:
     from striate.configs.schema import Experiment
 
     shipped = {file.stem: file for file in sorted(ROOT.glob("configs/[a-z]*.py")) if file.stem != "schema"}
+    shipped |= {f"papers/{name}": file for name, (file, given) in papers().items() if "experiment" in given}
     path = shipped.get(name, Path(name))
     if not path.is_file():
         near = nearest(path.stem, shipped)
@@ -240,6 +263,12 @@ def load_experiment(name: str) -> Any:
     if not isinstance(experiment, Experiment):
         raise UserError(f"The config {name!r} defines no experiment: end it with experiment = Experiment(...).")
     return experiment
+
+
+def papers() -> dict[str, tuple[Path, dict]]:
+    """Of every published system, by the name of its file in configs/papers/: (the file, what it defines)."""
+    ran = {file: runpy.run_path(str(file)) for file in sorted(ROOT.glob("configs/papers/[a-z]*.py"))}
+    return {file.stem: (file, given) for file, given in ran.items() if "system" in given}
 
 
 def find_run(name: str) -> Path:

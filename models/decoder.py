@@ -9,12 +9,12 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from striate.lib import masks, positions
-from striate.lib.decoding.cache import Cache, Carried, KeyValues
+from striate.lib.decoding.cache import Cache, Entry, KeyValues
 from striate.lib.errors import UserError
 from striate.lib.parallel import Across
 from striate.lib.tokens import PADDING, Tokens
-from striate.models import recurrent
-from striate.models.layers import Attention, NgramEmbedding, RMSNorm, SwiGLU, weight
+from striate.models.layers import NgramEmbedding, RMSNorm, SwiGLU, weight
+from striate.models.mixers import MIXERS
 from striate.models.scores import parse as parse_score
 
 # What the backward pass finds saved of a layer, besides its input; the rest it computes again.
@@ -27,7 +27,7 @@ class Layer:
     """One place of the pattern: which mixer, under which mask, with which positions and which score."""
 
     mixer: str = "attention"
-    """Or a linear recurrence (striate.models.recurrent), which reads no mask, position or score: "gated_delta", ..."""
+    """Or any other of striate.models.mixers; a recurrence reads no mask, position or score: "gated_delta", ..."""
     mask: str = "causal() & same('document')"
     """Text, as `striate show mask` prints it."""
     position: str = "Rope(theta=10000.0)"
@@ -119,24 +119,18 @@ def _choice(name: str, value: str, known) -> None:
         raise UserError(f"{name} is {value!r}; there are {', '.join(map(repr, known))}.")
 
 
-MIXERS = ("attention", *recurrent.LAYERS)
-
-
 def mixer(config: DecoderConfig, layer: Layer, parallel: Across | None, name: str | None = None) -> nn.Module:
     """The module of a layer, called as (x, tokens, k_tokens, past), which gives (output, what to cache)."""
+    kind = MIXERS[layer.mixer]
     sizes = {"heads": config.heads, "kv_heads": config.kv_heads, "head_dim": config.head_dim}
-    common = {"name": name, **sizes, "out_deviation": config.out_deviation, "dtype": config.compute_dtype}
-    if layer.mixer != "attention":
-        kind, options = recurrent.LAYERS[layer.mixer]
-        return kind(**common, **options, parallel=parallel and parallel.recurrence)
-    return Attention(
-        **common,
-        mask=masks.parse(layer.mask),
-        position=positions.parse(layer.position),
-        score=layer.score,
-        implementation=config.implementation,
-        parallel=parallel and parallel.attention,
-    )
+    given = {"name": name, **sizes, "out_deviation": config.out_deviation, "dtype": config.compute_dtype}
+    if kind.attends:
+        mask, position = masks.parse(layer.mask), positions.parse(layer.position)
+        given |= {"mask": mask, "position": position, "score": layer.score, "implementation": config.implementation}
+        given |= {"parallel": parallel and parallel.attention}
+    if kind.recurs:
+        given |= {"recurrence" if kind.attends else "parallel": parallel and parallel.recurrence}
+    return kind.module(**given, **kind.options)
 
 
 class Block(nn.Module):
@@ -147,7 +141,7 @@ class Block(nn.Module):
     parallel: Across | None = None
 
     @nn.compact
-    def __call__(self, x_BTE: jax.Array, tokens: Tokens, k_tokens: Tokens, past: KeyValues | Carried | None):
+    def __call__(self, x_BTE: jax.Array, tokens: Tokens, k_tokens: Tokens, past: Entry | None):
         config, axes = self.config, ("batch", "length", "embed")
         mix = mixer(config, self.layer, self.parallel, name=self.layer.mixer)
         mixed_BTE, new = mix(RMSNorm(name="mixer_norm")(x_BTE), tokens, k_tokens, past)
@@ -164,9 +158,7 @@ class Pattern(nn.Module):
     parallel: Across | None = None
 
     @nn.compact
-    def __call__(
-        self, x_BTE: jax.Array, tokens: Tokens, k_tokens: Tokens, past: tuple[KeyValues | Carried, ...] | None
-    ):
+    def __call__(self, x_BTE: jax.Array, tokens: Tokens, k_tokens: Tokens, past: tuple[Entry, ...] | None):
         block, remat, new = Block, self.config.remat, []
         if remat != "none":
             policy = jax.checkpoint_policies.save_only_these_names(*_SAVED[remat])
@@ -270,17 +262,18 @@ def empty_cache(config: DecoderConfig, batch: int, slots: int) -> Cache:
     return Cache(layers, tokens, jnp.int32(0))
 
 
-def _empty_layer(config: DecoderConfig, layer: Layer, batch: int, slots: int) -> KeyValues | Carried:
-    if layer.mixer == "attention":
-        shape = (config.repeats, batch, slots, config.kv_heads, config.head_dim)
-        return KeyValues(jnp.zeros(shape, config.compute_dtype), jnp.zeros(shape, config.compute_dtype))
+def _empty_layer(config: DecoderConfig, layer: Layer, batch: int, slots: int):
     x, tokens = jax.ShapeDtypeStruct((batch, 1, config.width), config.compute_dtype), Tokens.arange(batch, 1)
     init = mixer(config, layer, None).init_with_output
-    (_, carried), _ = jax.eval_shape(lambda x: init(jax.random.key(0), x, tokens, tokens), x)
+    (_, entry), _ = jax.eval_shape(lambda x: init(jax.random.key(0), x, tokens, tokens), x)
 
     def empty(x):
         # All integers in a state are documents.
         whole = jnp.zeros((config.repeats, *x.shape), x.dtype)
         return whole + PADDING if jnp.issubdtype(x.dtype, jnp.integer) else whole
 
-    return jax.tree.map(empty, carried)
+    def of_part(part):
+        slotted = isinstance(part, KeyValues)
+        return jax.tree.map(lambda x: empty(x).repeat(slots, axis=2) if slotted else empty(x), part)
+
+    return jax.tree.map(of_part, entry, is_leaf=lambda part: isinstance(part, KeyValues))

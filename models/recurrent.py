@@ -30,8 +30,6 @@ from striate.lib.parallel.state_scan import RecurrenceParallel
 from striate.lib.tokens import Tokens
 from striate.models.layers import RMSNorm, queries_keys_values, weight
 
-TAPS = 4  # of the short convolution, where a layer has one
-
 
 class Recurrent(nn.Module):
     """What the layers share; a subclass mixes.
@@ -178,17 +176,3 @@ class GatedLRU(Recurrent):
         how.pop("implementation")  # whose heads would be as many as there are channels: a scan serves better
         out, state = variants.gated_lru(*flat, rate.reshape(-1), **how)
         return out.reshape(q.shape), state
-
-
-LAYERS = {
-    "lightning": (Lightning, {}),
-    "gated_linear": (GatedLinear, {"taps": TAPS}),
-    "gated_delta": (GatedDelta, {"taps": TAPS}),
-    "lightnet": (LightNet, {}),
-    "latte": (Latte, {"taps": TAPS}),
-    "second_order": (HigherOrder, {"order": "second"}),
-    "asymmetric": (HigherOrder, {"order": "asymmetric"}),
-    "flow": (Flow, {}),
-    "gated_lru": (GatedLRU, {"taps": TAPS}),
-}
-"""The layer of a mixer by name, and what it is given beside the sizes of a model."""

@@ -32,14 +32,27 @@ class Carried(NamedTuple):
         return jax.tree.map(lambda old, value: value.astype(old.dtype), self, new)
 
 
+class Both(NamedTuple):
+    """What a layer keeps that attends to keys and goes on from a state."""
+
+    attended: KeyValues
+    carried: Carried
+
+    def append(self, new: Both, used: jax.Array) -> Both:
+        return Both(*(old.append(made, used) for old, made in zip(self, new, strict=True)))
+
+
+Entry = KeyValues | Carried | Both
+
+
 class Cache(NamedTuple):
     """A fixed number of slots, filled from the front. A model reads it and returns it with the new tokens appended."""
 
-    layers: tuple[KeyValues | Carried, ...]  # one for each place of the pattern
+    layers: tuple[Entry, ...]  # one for each place of the pattern
     tokens: Tokens  # (B, S); the document of an empty slot is -1
     used: jax.Array  # int32 (), the first empty slot
 
-    def append(self, new: tuple[KeyValues | Carried, ...], tokens: Tokens) -> Cache:
+    def append(self, new: tuple[Entry, ...], tokens: Tokens) -> Cache:
         """Puts what the layers made of `tokens` (B, T) into the next T slots; there must be as many left."""
         layers = tuple(layer.append(made, self.used) for layer, made in zip(self.layers, new, strict=True))
         held = jax.tree.map(lambda slots, values: _put(slots, values, self.used, axis=1), self.tokens, tokens)

@@ -22,7 +22,7 @@ Source: Sun et al. 2025 (LASP-2), section 3, for the gather; Hillis and Steele 1
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -83,6 +83,11 @@ class RecurrenceParallel(SequenceParallel):
 
     def check(self, length: int, columns: int, which: str) -> None:
         """Raises UserError where the sequence, or its columns of that name, cannot be dealt so."""
+
+    def stretched(self, times: int) -> RecurrenceParallel:
+        """The same for a sequence that has so many tokens in the place of each of this one, in the same order."""
+        striped = isinstance(self.layout, Striped)
+        return replace(self, layout=replace(self.layout, stripe=self.layout.stripe * times)) if striped else self
 
 
 @dataclass(frozen=True)

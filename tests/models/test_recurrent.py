@@ -11,13 +11,14 @@ from flax import linen as nn
 from striate.lib.layouts import Striped, ZigZag
 from striate.lib.parallel import Across, ReorderedScan, Ring, StateScan, ValueColumns
 from striate.lib.tokens import Tokens
-from striate.models import recurrent
 from striate.models.decoder import Decoder, DecoderConfig, Layer, empty_cache
+from striate.models.mixers import MIXERS
 from suites.attention import mesh
 
 LENGTH = 32
+CAUSAL = [name for name, kind in MIXERS.items() if kind.recurs and not kind.sees_later]
 USUAL = ("gated_delta",)  # the rest of them as often as all tests are run
-NAMES = [pytest.param(name, marks=() if name in USUAL else pytest.mark.slow) for name in recurrent.LAYERS]
+NAMES = [pytest.param(name, marks=() if name in USUAL else pytest.mark.slow) for name in CAUSAL]
 
 
 @functools.cache

@@ -1,0 +1,73 @@
+"""Tasks: small made-up sequences, each of which takes one ability to solve.
+
+A task is a frozen dataclass of sizes. Its `sample(key)` is pure, with fixed shapes, to be mapped over keys; its
+`oracle(inputs)` finds the targets again, in numpy, and shares no code with it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+class Row(NamedTuple):
+    """One sequence. A target is what its own slot has to answer, no shift anywhere."""
+
+    inputs: jax.Array  # int32 (T,)
+    targets: jax.Array  # int32 (T,)
+    weights: jax.Array  # float32 (T,): 1 where the slot is scored, else 0
+
+
+@dataclass(frozen=True)
+class Recall:
+    """Pairs of a key and a value, then keys alone: each is answered by its value. Keys are distinct.
+
+    Source: Arora et al. 2024 (Zoology), section 3, multi-query associative recall.
+    """
+
+    pairs: int = 12
+    queries: int = 8
+    keys: int = 16
+    values: int = 16
+
+    @property
+    def vocabulary(self) -> int:
+        return self.keys + self.values
+
+    @property
+    def length(self) -> int:
+        return 2 * self.pairs + self.queries
+
+    def sample(self, key) -> Row:
+        of_keys, of_values, of_queries = jax.random.split(key, 3)
+        keys = self._keys(of_keys)
+        values = self.keys + jax.random.randint(of_values, (self.pairs,), 0, self.values)
+        asked = keys[jax.random.randint(of_queries, (self.queries,), 0, self.pairs)]
+        last = jnp.where(keys[None] == asked[:, None], jnp.arange(self.pairs)[None], -1).max(1)
+        inputs = jnp.concatenate([jnp.stack([keys, values], axis=1).reshape(-1), asked])
+        scored = jnp.arange(self.length) >= 2 * self.pairs
+        targets = jnp.concatenate([jnp.zeros(2 * self.pairs, jnp.int32), values[last]])
+        return Row(inputs, targets, scored.astype(jnp.float32))
+
+    def oracle(self, inputs: np.ndarray) -> np.ndarray:
+        """Targets of the scored slots of one row."""
+        facts, asked = inputs[: 2 * self.pairs].reshape(-1, 2), inputs[2 * self.pairs :]
+        known = {int(key): int(value) for key, value in facts}
+        return np.array([known[int(key)] for key in asked])
+
+    def _keys(self, key):
+        return jax.random.permutation(key, self.keys)[: self.pairs]
+
+
+@dataclass(frozen=True)
+class Overwrite(Recall):
+    """Recall in which keys come again, and the latest value is the right one."""
+
+    pairs: int = 24
+
+    def _keys(self, key):
+        return jax.random.randint(key, (self.pairs,), 0, self.keys)
