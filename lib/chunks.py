@@ -100,13 +100,41 @@ def _pairs(q, k, b, shown):
     return jnp.concatenate([rows(start) for start in range(0, size, sub)], axis=-2)
 
 
+@jax.custom_jvp
 def _solve(lower, x):
-    """(I + L)^-1 x for strictly lower triangular L: (I - L)(I + L^2)(I + L^4)..., exact as L^C is 0."""
-    x, power, reach = x - _product("bkij,bkjv->bkiv", lower, x), lower, 2
-    while reach < lower.shape[-1]:
-        power = _product("bkij,bkjl->bkil", power, power)
-        x, reach = x + _product("bkij,bkjv->bkiv", power, x), 2 * reach
-    return x
+    """(I + L)^-1 x for strictly lower triangular L."""
+    return _product("bkij,bkjv->bkiv", _inverse(lower), x)
+
+
+@_solve.defjvp
+def _(primals, tangents):
+    (lower, x), (d_lower, d_x) = primals, tangents
+    inverse = _inverse(lower)
+    solved = _product("bkij,bkjv->bkiv", inverse, x)
+    return solved, _product("bkij,bkjv->bkiv", inverse, d_x - _product("bkij,bkjv->bkiv", d_lower, solved))
+
+
+def _inverse(lower):
+    """(I + L)^-1 from those of the blocks on its diagonal, twice as large each time:
+
+        [I + L_1   0      ]^-1    [ A       0 ]
+        [  B     I + L_2  ]     = [ -D B A  D ]        A = (I + L_1)^-1, D = (I + L_2)^-1
+
+    Where keys resemble each other the powers of L are 1e20, and what a series of them leaves is no digit of the
+    inverse, whose own entries stay small.
+    """
+    size = lower.shape[-1]
+    missing = 2 ** (size - 1).bit_length() - size
+    lower = jnp.pad(lower, ((0, 0), (0, 0), (0, missing), (0, missing)))
+    inverse = jnp.ones((*lower.shape[:3], 1, 1), lower.dtype)  # (B, K, blocks, span, span)
+    while inverse.shape[2] > 1:
+        a, d, span = inverse[:, :, ::2], inverse[:, :, 1::2], inverse.shape[3]
+        pairs = lower.reshape(*a.shape[:3], 2 * span, a.shape[2], 2 * span)
+        between = jnp.moveaxis(jnp.diagonal(pairs[:, :, :, span:, :, :span], axis1=2, axis2=4), -1, 2)
+        corner = -_product("bknij,bknjl->bknil", _product("bknij,bknjl->bknil", d, between), a)
+        above = jnp.concatenate([a, jnp.zeros_like(a)], axis=4)
+        inverse = jnp.concatenate([above, jnp.concatenate([corner, d], axis=4)], axis=3)
+    return inverse[:, :, 0, :size, :size]
 
 
 def _exp(shown, x):

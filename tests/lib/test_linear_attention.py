@@ -6,6 +6,7 @@ import pytest
 from striate import UserError
 from suites.linear import (
     KINDS,
+    alike,
     attend,
     check_decays,
     check_gradients,
@@ -24,6 +25,13 @@ FORMS = [{"implementation": "reference"}, {"implementation": "parallel"}, {"chun
 @pytest.mark.parametrize("kind", kinds())
 def test_every_form_is_the_recurrence(kind, how):
     check_values(problem(*kind), **how)
+
+
+@pytest.mark.parametrize("share", [0.5, 0.99])
+def test_keys_may_resemble_each_other(share):
+    given = alike(problem("delta", False, "token", length=200, strength=1e-3), share)
+    check_values(given, chunk=64)
+    check_gradients(given, chunk=64)
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ from striate.pallas_kernels.tpu import linear
 from suites.attention import FLOOR
 from suites.linear import (
     USUAL,
+    alike,
     attend,
     check_decays,
     check_gradients,
@@ -48,6 +49,10 @@ def test_a_document_changes_no_bit_of_another(kind):
 @pytest.mark.parametrize("kind", kinds(long=USUAL[:1] + USUAL[2:]))
 def test_a_state_goes_on_where_it_was_left(kind):
     check_that_a_state_goes_on(problem(*kind), (0, 20, 21, 75), **KERNEL)
+
+
+def test_keys_may_resemble_each_other():
+    check_values(alike(problem("delta", False, "token", length=100, strength=1e-3), 0.9), **KERNEL)
 
 
 @pytest.mark.long
