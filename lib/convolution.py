@@ -8,6 +8,7 @@ Tokens count by their place in the sequence; padding gives 0 and is 0.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import jax
@@ -19,17 +20,23 @@ from striate.lib.tokens import PADDING, Tokens
 
 BLOCK = 64  # tokens of a block, where a long convolution keeps documents apart
 
+Form = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+"""How a sum over W taps is computed: (x (B, W - 1 + T, C), their documents, taps (W, C)) to y (B, T, C) of the last T.
+
+x is wide, and 0 where padding is.
+"""
+
 
 class Tail(NamedTuple):
-    """The last tokens so far, which the taps of a short convolution still reach; not the padding at the end."""
+    """The last tokens so far, which the taps of a convolution still reach; not the padding at the end."""
 
     x: jax.Array  # (B, W - 1, C)
     document: jax.Array  # int32 (B, W - 1); PADDING where there was none
 
     @classmethod
-    def empty(cls, x_BTC: jax.Array, taps_WC: jax.Array) -> Tail:
-        shape = x_BTC.shape[0], taps_WC.shape[0] - 1
-        return cls(jnp.zeros((*shape, x_BTC.shape[2]), x_BTC.dtype), jnp.full(shape, PADDING, jnp.int32))
+    def empty(cls, x_BTC: jax.Array, size: int) -> Tail:
+        (batch, _, channels), dtype = x_BTC.shape, x_BTC.dtype
+        return cls(jnp.zeros((batch, size, channels), dtype), jnp.full((batch, size), PADDING, jnp.int32))
 
     @classmethod
     def of(cls, x_BTC: jax.Array, document_BT: jax.Array, size: int) -> Tail:
@@ -43,7 +50,7 @@ class Tail(NamedTuple):
 class Parallel(Protocol):
     """How a convolution crosses devices, on global arrays. Immutable, so that it can be static."""
 
-    def convolve(self, x_BTC, document_BT, taps_WC, tail: Tail) -> tuple[jax.Array, Tail]:
+    def convolve(self, form: Form, x_BTC, document_BT, taps_WC, tail: Tail | None) -> tuple[jax.Array, Tail]:
         """`convolve` of this file."""
 
 
@@ -72,77 +79,105 @@ def short_convolution(
     Raises:
       UserError: shapes that do not fit.
     """
-    tokens = _check(x_BTC, taps_WC, tokens)
-    tail = Tail.empty(x_BTC, taps_WC) if initial_tail is None else initial_tail
-    x_BTC = jnp.where(tokens.document[..., None] == PADDING, 0, x_BTC)
-    y, tail = (parallel.convolve if parallel else convolve)(x_BTC, tokens.document, taps_WC, tail)
+    return _convolution(_by_taps, x_BTC, taps_WC, tokens, initial_tail, return_tail, parallel)
+
+
+def long_convolution(
+    x_BTC: jax.Array,
+    taps_WC: jax.Array,
+    *,
+    tokens: Tokens | None = None,
+    initial_tail: Tail | None = None,
+    return_tail: bool = False,
+    parallel: Parallel | None = None,
+):
+    """`short_convolution` for many taps, up to as many as there are tokens.
+
+    One document goes by FFT, in length log(length). Where Tokens say that there may be several it goes by blocks,
+    in length x taps, since an FFT mixes the rounding errors of all that it transforms.
+    """
+    form = _by_fft if tokens is None else _by_blocks
+    return _convolution(form, x_BTC, taps_WC, tokens, initial_tail, return_tail, parallel)
+
+
+def multiscale_taps(segments_SWC: jax.Array, decay: float = 0.5) -> jax.Array:
+    """Many taps of few parameters, smooth and fading: (W 2^(S-1), C), of segments (scales, W, C).
+
+        taps_w = sum over scales i of decay^i segment_i(w / 2^i)
+
+    Segment i is stretched over W 2^i tokens, linearly, and 0 beyond them.
+
+    Source: Li et al. 2023 (SGConv), whose scales follow each other where these overlap.
+    """
+    scales, width, channels = segments_SWC.shape
+    longest = width << (scales - 1)
+
+    def stretched(i: int):
+        taps = jax.image.resize(segments_SWC[i], (width << i, channels), "linear")
+        return jnp.pad(decay**i * taps, ((0, longest - len(taps)), (0, 0)))
+
+    return sum(stretched(i) for i in range(scales))
+
+
+def _convolution(form: Form, x, taps, tokens, tail, return_tail: bool, parallel: Parallel | None):
+    _check(x, taps, tokens)
+    tokens = Tokens.arange(*x.shape[:2]) if tokens is None else tokens
+    x = jnp.where(tokens.document[..., None] == PADDING, 0, x)
+    y, tail = (parallel.convolve if parallel else convolve)(form, x, tokens.document, taps, tail)
     return (y, tail) if return_tail else y
 
 
-def convolve(x_BTC, document_BT, taps_WC, tail: Tail) -> tuple[jax.Array, Tail]:
+def convolve(form: Form, x_BTC, document_BT, taps_WC, tail: Tail | None) -> tuple[jax.Array, Tail]:
     """(y, Tail) of tokens that follow those of a tail; x is 0 where padding is."""
-    reach, length = taps_WC.shape[0] - 1, x_BTC.shape[1]
+    size, wide = taps_WC.shape[0] - 1, jnp.promote_types(x_BTC.dtype, jnp.float32)
+    if tail is None:  # farther back than the length, taps reach nothing
+        taps_WC, tail = taps_WC[: x_BTC.shape[1]], Tail.empty(x_BTC, size)
     x, document = (jnp.concatenate(pair, axis=1) for pair in zip(tail, (x_BTC, document_BT), strict=True))
+    reached = size + 1 - taps_WC.shape[0]
+    y = form(x[:, reached:].astype(wide), document[:, reached:], taps_WC.astype(wide))
+    y = jnp.where(document_BT[..., None] == PADDING, 0, y).astype(x_BTC.dtype)
+    return y, Tail.of(x, document, size)
+
+
+def _by_taps(x, document, taps):
+    reach = taps.shape[0] - 1
     segment = segments(document, document[:, 0])[1]
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
     def tap(distance: int):
-        here, there = slice(reach, reach + length), slice(reach - distance, reach - distance + length)
+        here, there = slice(reach, None), slice(reach - distance, x.shape[1] - distance)
         together = segment[:, here, None] == segment[:, there, None]
-        return jnp.where(together, wide[:, there], 0) * taps_WC[distance, None, None].astype(wide.dtype)
+        return jnp.where(together, x[:, there], 0) * taps[distance, None, None]
 
-    y = sum(tap(distance) for distance in range(reach + 1))
-    y = jnp.where(document_BT[..., None] == PADDING, 0, y).astype(x_BTC.dtype)
-    return y, Tail.of(x, document, reach)
+    return sum(tap(distance) for distance in range(reach + 1))
 
 
-def long_convolution(x_BTC: jax.Array, taps_LC: jax.Array, *, tokens: Tokens | None = None):
-    """The convolution of this file for taps as many as tokens.
-
-    One document goes by FFT, in length log(length). Where Tokens say that there may be several it goes by blocks,
-    in length^2, since an FFT mixes the rounding errors of all that it transforms.
-
-    Args:
-      x_BTC: (batch, length, channels), a floating dtype.
-      taps_LC: (taps, channels), any number of them; those beyond the length are not reached.
-      tokens: whose documents keep apart, in the order of the sequence; None is one document.
-
-    Returns:
-      y (batch, length, channels) in the dtype of x; computed in float32.
-
-    Raises:
-      UserError: shapes that do not fit.
-    """
-    one_document, length = tokens is None, x_BTC.shape[1]
-    tokens = _check(x_BTC, taps_LC, tokens)
-    wide = jnp.promote_types(x_BTC.dtype, jnp.float32)
-    x, taps = x_BTC.astype(wide), taps_LC[:length].astype(wide)
-    if one_document:
-        size = 2 ** (length + len(taps) - 2).bit_length()  # long enough not to wrap around
-        spectrum = jnp.fft.rfft(x, size, axis=1) * jnp.fft.rfft(taps, size, axis=0)[None]
-        return jnp.fft.irfft(spectrum, size, axis=1)[:, :length].astype(x_BTC.dtype)
-    return _by_blocks(x, taps, tokens.document).astype(x_BTC.dtype)
+def _by_fft(x, document, taps):
+    length = x.shape[1]
+    size = 2 ** (length - 1).bit_length()  # what wraps around falls on the W - 1 tokens ahead
+    spectrum = jnp.fft.rfft(x, size, axis=1) * jnp.fft.rfft(taps, size, axis=0)[None]
+    return jnp.fft.irfft(spectrum, size, axis=1)[:, taps.shape[0] - 1 : length]
 
 
-def _by_blocks(x_BTC, taps_LC, document_BT):
+def _by_blocks(x, document, taps):
     """Blocks of BLOCK x BLOCK pairs at a time: Toeplitz in the distance, 0 between segments."""
-    batch, length, channels = x_BTC.shape
-    missing = -length % BLOCK
-    blocks, reach = (length + missing) // BLOCK, taps_LC.shape[0]
-    segment = jnp.pad(segments(document_BT, document_BT[:, 0])[1], ((0, 0), (0, missing)), constant_values=-1)
-    real = jnp.pad(document_BT != PADDING, ((0, 0), (0, missing)))
-    x = jnp.where(real[..., None], jnp.pad(x_BTC, ((0, 0), (0, missing), (0, 0))), 0).reshape(batch, blocks, BLOCK, -1)
+    (batch, size, channels), reach = x.shape, taps.shape[0] - 1
+    length = size - reach
+    ahead, blocks, rows = -(-reach // BLOCK), -(-length // BLOCK), min(length, BLOCK)
+    missing = ahead * BLOCK - reach, blocks * BLOCK - length
+    shape = batch, ahead + blocks, BLOCK
+    segment = segments(document, document[:, 0])[1]
+    segment = jnp.pad(segment, ((0, 0), missing), constant_values=-1).reshape(shape)
+    x = jnp.pad(x, ((0, 0), missing, (0, 0))).reshape(*shape, channels)
     # No tap looks ahead, and none farther back than there are taps.
-    taps = jnp.pad(taps_LC, ((BLOCK - 1, max(blocks * BLOCK + BLOCK - reach, 0)), (0, 0)))
-    segment = segment.reshape(batch, blocks, BLOCK)
-    apart = jnp.arange(BLOCK)[:, None] - jnp.arange(BLOCK)[None] + BLOCK - 1
+    taps = jnp.pad(taps, ((BLOCK - 1, missing[0] + BLOCK - 1), (0, 0)))
+    apart = jnp.arange(rows)[:, None] - jnp.arange(BLOCK)[None] + BLOCK - 1
 
+    @jax.checkpoint
     def add(distance, y):
         """The pairs whose blocks are so far apart."""
         toeplitz = jax.lax.dynamic_slice_in_dim(taps, distance * BLOCK, 2 * BLOCK - 1, 0)[apart]  # (i, j, C)
-        earlier, of = jnp.roll(x, distance, axis=1), jnp.roll(segment, distance, axis=1)
-        exists = jnp.arange(blocks) >= distance
-        together = (segment[..., None] == of[:, :, None]) & exists[None, :, None, None]
+        earlier, of = (jax.lax.dynamic_slice_in_dim(z, ahead - distance, blocks, 1) for z in (x, segment))
+        together = segment[:, ahead:, :rows, None] == of[:, :, None]
 
         def block(pairs):
             together, earlier = pairs
@@ -150,11 +185,11 @@ def _by_blocks(x_BTC, taps_LC, document_BT):
 
         return y + jax.lax.map(block, (together.swapaxes(0, 1), earlier.swapaxes(0, 1))).swapaxes(0, 1)
 
-    y = jax.lax.fori_loop(0, min(blocks, -(-reach // BLOCK) + 1), add, jnp.zeros_like(x))
-    return jnp.where(real[..., None], y.reshape(batch, -1, channels), 0)[:, :length]
+    y = jax.lax.fori_loop(0, ahead + 1, add, jnp.zeros((batch, blocks, rows, channels), x.dtype))
+    return y.reshape(batch, -1, channels)[:, :length]
 
 
-def _check(x, taps, tokens) -> Tokens:
+def _check(x, taps, tokens) -> None:
     if x.ndim != 3 or taps.ndim != 2 or taps.shape[1] != x.shape[2] or taps.shape[0] < 1:
         raise UserError(
             f"x {x.shape} and taps {taps.shape} do not fit: a convolution needs (batch, length, channels) and (taps, "
@@ -162,4 +197,3 @@ def _check(x, taps, tokens) -> Tokens:
         )
     if tokens is not None and tokens.shape != x.shape[:2]:
         raise UserError(f"tokens have shape {tokens.shape}; the arrays need (batch, length) = {x.shape[:2]}.")
-    return Tokens.arange(*x.shape[:2]) if tokens is None else tokens

@@ -14,8 +14,9 @@ Every causal recurrence, decayed or not, needs such runs. In a token-striped ord
 between two neighbours, and states of devices mean nothing. `ReorderedScan` converts to runs and back, by an all-to-all.
 `ValueColumns` needs no order: columns of the values never mix, so each device takes a share of them and all tokens.
 
-Short convolutions, which such models put before a recurrence, cross devices by the same strategies: the last tokens of
-a run go to the device that holds the next one.
+Convolutions, which such models put before a recurrence, cross devices by the same strategies: the last tokens of a run
+go to the device that holds the next one. Where taps reach farther than a run, every device takes all tokens and a share
+of the channels instead, which never mix.
 
 Source: Sun et al. 2025 (LASP-2), section 3, for the gather; Hillis and Steele 1986 for the steps.
 """
@@ -28,7 +29,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from striate.lib.convolution import Tail, convolve
+from striate.lib.convolution import Form, Tail, convolve
 from striate.lib.errors import UserError
 from striate.lib.layouts import Contiguous, Layout, Striped, ZigZag
 from striate.lib.parallel.sharding import SequenceParallel
@@ -45,7 +46,7 @@ class RecurrenceParallel(SequenceParallel):
         if self._inside:
             return self.shard_recur(recurrence, inputs, state)
         self._check(inputs.q, inputs.k)
-        self.check(inputs.k.shape[1], inputs.v.shape[3], "columns of the values")
+        self.check(inputs.k.shape[1])
         array, _, tokens = self._specs()
         batch, length, heads, _ = array
         of_inputs = Inputs(
@@ -60,34 +61,68 @@ class RecurrenceParallel(SequenceParallel):
         specs = (of_inputs, of_state), (of_inputs.q, of_state)
         return self._over_shards(lambda *arrays: self.shard_recur(recurrence, *arrays), *specs)(inputs, state)
 
-    def convolve(self, x_BTC: jax.Array, document_BT: jax.Array, taps_WC: jax.Array, tail: Tail):
+    def convolve(self, form: Form, x_BTC: jax.Array, document_BT: jax.Array, taps_WC: jax.Array, tail: Tail | None):
         """(y (B, T, C), the Tail of the sequence) of lib/convolution.py, of global arrays."""
         if self._inside:
-            return self.shard_convolve(x_BTC, document_BT, taps_WC, tail)
+            return self.shard_convolve(form, x_BTC, document_BT, taps_WC, tail)
         _, of_x, tokens = self._specs()
         batch, _, channels = of_x
         names = ("batch", "length", "channels")
         self._check_division(*zip(names, x_BTC.shape, of_x, strict=True))
-        self.check(x_BTC.shape[1], x_BTC.shape[2], "channels of the convolution")
+        self.check(x_BTC.shape[1])
         of_tail = Tail(P(batch, None, channels), P(batch))
-        shard = self._over_shards(self.shard_convolve, (of_x, tokens, P(None, channels), of_tail), (of_x, of_tail))
-        return shard(x_BTC, document_BT, taps_WC, tail)
+        specs = (of_x, tokens, P(None, channels), tail and of_tail), (of_x, of_tail)
+        return self._over_shards(lambda *arrays: self.shard_convolve(form, *arrays), *specs)(
+            x_BTC, document_BT, taps_WC, tail
+        )
 
     def shard_recur(self, recurrence: Recurrence, inputs: Inputs, state: State) -> tuple[jax.Array, State]:
         """On one device: the same of its shards of the inputs; the state is that of the whole sequence."""
         raise NotImplementedError
 
-    def shard_convolve(self, x, document, taps, tail: Tail) -> tuple[jax.Array, Tail]:
+    def shard_convolve(self, form: Form, x, document, taps, tail: Tail | None) -> tuple[jax.Array, Tail]:
         """On one device: the same of its shards; the tail is that of the whole sequence."""
-        raise NotImplementedError
+        own = tail and tail._replace(x=self._own(tail.x))
+        own_x = self._to_columns(x, "channels of the convolution")
+        y, own = convolve(form, own_x, self._all_tokens(document), self._own(taps), own)
+        return self._to_tokens(y), own._replace(x=self._all_columns(own.x))
 
-    def check(self, length: int, columns: int, which: str) -> None:
-        """Raises UserError where the sequence, or its columns of that name, cannot be dealt so."""
+    def check(self, length: int) -> None:
+        """Raises UserError where the sequence cannot be dealt so."""
+        self._order.check(length)
 
     def stretched(self, times: int) -> RecurrenceParallel:
         """The same for a sequence that has so many tokens in the place of each of this one, in the same order."""
         striped = isinstance(self.layout, Striped)
         return replace(self, layout=replace(self.layout, stripe=self.layout.stripe * times)) if striped else self
+
+    def _to_columns(self, x, which: str):
+        """All tokens in the order of the sequence, and a share of the columns of that name."""
+        if x.shape[-1] % self.shards:
+            raise UserError(
+                f"{type(self).__name__} deals the {which} to the {self.shards} devices of mesh axis {self.axis!r}, and "
+                f"{x.shape[-1]} do not divide: use a multiple of {self.shards}, or StateScan, which deals no values, "
+                "and channels only where taps reach farther than the tokens that a device holds in a row."
+            )
+        return self._order.restore(jax.lax.all_to_all(x, self.axis, split_axis=x.ndim - 1, concat_axis=1, tiled=True))
+
+    def _to_tokens(self, x):
+        return jax.lax.all_to_all(self._order.permute(x), self.axis, split_axis=1, concat_axis=x.ndim - 1, tiled=True)
+
+    def _all_tokens(self, x):
+        return self._order.restore(jax.lax.all_gather(x, self.axis, axis=1, tiled=True))
+
+    def _all_columns(self, x):
+        return jax.lax.all_gather(x, self.axis, axis=x.ndim - 1, tiled=True)
+
+    def _own(self, x):
+        """The columns of this device."""
+        width = x.shape[-1] // self.shards
+        return jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(self.axis) * width, width, x.ndim - 1)
+
+    @property
+    def _order(self) -> Layout:
+        return self.layout or Contiguous(self.shards)
 
 
 @dataclass(frozen=True)
@@ -120,9 +155,6 @@ class StateScan(RecurrenceParallel):
         """Intervals of the sequence on each device."""
         return 2 if isinstance(self.layout, ZigZag) else 1
 
-    def check(self, length, columns, which):
-        (self.layout or Contiguous(self.shards)).check(length)
-
     def shard_recur(self, recurrence, inputs, state):
         exchange, out = self.exchange or self._cheapest(inputs, state), []
         before_run = self._gather if exchange == "gather" else self._steps
@@ -131,18 +163,16 @@ class StateScan(RecurrenceParallel):
             out.append(recurrence.run(part, before)[0])
         return jnp.concatenate(out, axis=1), state
 
-    def shard_convolve(self, x, document, taps, tail):
+    def shard_convolve(self, form, x, document, taps, tail):
         out, reach = [], taps.shape[0] - 1
         if reach > x.shape[1] // self.runs:
-            raise UserError(
-                f"A convolution of {reach + 1} taps reaches over more than the {x.shape[1] // self.runs} tokens that a "
-                f"device holds in a row: use fewer devices for the sequence, fewer taps, or ValueColumns."
-            )
+            return super().shard_convolve(form, x, document, taps, tail)
+        tail = tail or Tail.empty(x, reach)
         for run, part in enumerate(self._runs((x, document))):
             # The tokens next to the run, be they padding: taps count places.
             end = Tail(*(x[:, x.shape[1] - reach :] for x in part))
             before = _choose(self._place(run == 0) > 0, self._from_earlier(end, 1, run == 0), tail)
-            y, last = convolve(*part, taps, before)
+            y, last = convolve(form, *part, taps, before)
             out.append(y)
             tail = self._from_last(end if run + 1 < self.runs else last, run == 0)
         return jnp.concatenate(out, axis=1), tail
@@ -205,45 +235,11 @@ class ValueColumns(RecurrenceParallel):
         super().__post_init__()
         _check_shards(self)
 
-    def check(self, length, columns, which):
-        if columns % self.shards:
-            raise UserError(
-                f"ValueColumns deals the {which} to the {self.shards} devices of mesh axis {self.axis!r}, and "
-                f"{columns} do not divide: use StateScan, or another width."
-            )
-
     def shard_recur(self, recurrence, inputs, state):
         gathered = jax.tree.map(self._all_tokens, inputs._replace(v=None))
         own = state._replace(memory=self._own(state.memory))
-        out, own = recurrence.run(gathered._replace(v=self._to_columns(inputs.v)), own)
+        out, own = recurrence.run(gathered._replace(v=self._to_columns(inputs.v, "columns of the values")), own)
         return self._to_tokens(out), own._replace(memory=self._all_columns(own.memory))
-
-    def shard_convolve(self, x, document, taps, tail):
-        own = tail._replace(x=self._own(tail.x))
-        y, own = convolve(self._to_columns(x), self._all_tokens(document), self._own(taps), own)
-        return self._to_tokens(y), own._replace(x=self._all_columns(own.x))
-
-    def _to_columns(self, x):
-        """All tokens in the order of the sequence, and a share of the columns."""
-        return self._order.restore(jax.lax.all_to_all(x, self.axis, split_axis=x.ndim - 1, concat_axis=1, tiled=True))
-
-    def _to_tokens(self, x):
-        return jax.lax.all_to_all(self._order.permute(x), self.axis, split_axis=1, concat_axis=x.ndim - 1, tiled=True)
-
-    def _all_tokens(self, x):
-        return self._order.restore(jax.lax.all_gather(x, self.axis, axis=1, tiled=True))
-
-    def _all_columns(self, x):
-        return jax.lax.all_gather(x, self.axis, axis=x.ndim - 1, tiled=True)
-
-    def _own(self, x):
-        """The columns of this device."""
-        width = x.shape[-1] // self.shards
-        return jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(self.axis) * width, width, x.ndim - 1)
-
-    @property
-    def _order(self) -> Layout:
-        return self.layout or Contiguous(self.shards)
 
 
 @dataclass(frozen=True)
@@ -264,7 +260,7 @@ class ReorderedScan(RecurrenceParallel):
             raise UserError(f"ReorderedScan is for a Striped layout, and got {self.layout}: use StateScan.")
         _check_shards(self)
 
-    def check(self, length, columns, which):
+    def check(self, length):
         unit = self.layout.unit * self.shards
         if length % unit:
             raise UserError(
@@ -277,8 +273,10 @@ class ReorderedScan(RecurrenceParallel):
         out, state = self._inner.shard_recur(recurrence, jax.tree.map(self._to_run, inputs), state)
         return self._to_stripes(out), state
 
-    def shard_convolve(self, x, document, taps, tail):
-        y, tail = self._inner.shard_convolve(self._to_run(x), self._to_run(document), taps, tail)
+    def shard_convolve(self, form, x, document, taps, tail):
+        if taps.shape[0] > x.shape[1]:
+            return super().shard_convolve(form, x, document, taps, tail)
+        y, tail = self._inner.shard_convolve(form, self._to_run(x), self._to_run(document), taps, tail)
         return self._to_stripes(y), tail
 
     @property
