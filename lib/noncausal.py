@@ -10,7 +10,8 @@ and over a sharded sequence only sums cross devices. Its members:
 | LightNet, both ways | `global_softmax` of silu(q) |
 | Flowformer | `global_flow` |
 
-`quasiseparable` (Hydra) is a recurrence in each direction, and a diagonal: there the order of the tokens is everything.
+`quasiseparable` (Hydra) is a recurrence in each direction, and a diagonal: there the order of the tokens is everything,
+as it is to `centred_convolution`.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from striate.lib.convolution import short_convolution
 from striate.lib.errors import UserError
 from striate.lib.layouts import Contiguous
 from striate.lib.linear_attention import check_arrays, linear_attention
@@ -161,12 +163,7 @@ def quasiseparable(
     Source: Hwang et al. 2024 (Hydra).
     """
     tokens = Tokens.arange(*v_BTKV.shape[:2]) if tokens is None else tokens
-    layout = getattr(how.get("parallel"), "layout", None)
-    if not isinstance(layout, Contiguous | None):
-        raise UserError(
-            f"quasiseparable reads what lies beside a token, and under {layout} that is a token of another place: "
-            "restore the order of the sequence, and use StateScan(mesh)."
-        )
+    _check_order("quasiseparable", how.get("parallel"))
     before = _earlier(forward, v_BTKV, tokens, how)
     after = _earlier(Direction(*map(_reversed, backward)), _reversed(v_BTKV), tokens.map(_reversed), how)
     v = v_BTKV.repeat(diagonal_BTH.shape[2] // v_BTKV.shape[2], axis=2)
@@ -186,6 +183,45 @@ def _earlier(direction: Direction, v, tokens: Tokens, how: dict):
     _, last = scan(later, (real, out), segment, nothing)
     last, of = (jnp.concatenate([jnp.zeros_like(x[:, :1]), x[:, :-1]], axis=1) for x in (last, segment))
     return jnp.where(like(real & (of == segment), out), last, 0.0)
+
+
+def centred_convolution(
+    x_BTC: jax.Array, taps_WC: jax.Array, *, tokens: Tokens | None = None, parallel=None
+) -> jax.Array:
+    """A depthwise convolution to both sides: `short_convolution` of taps r, r + 1, ... and one of the others reversed.
+
+        y_t = sum over w of taps_{r + w} x_{t - w},  w = -r ... r, over the tokens of the segment of t
+
+    Args:
+      x_BTC: (batch, length, channels), a floating dtype.
+      taps_WC: (2 r + 1, channels): the one in the middle is that of the token itself, those after it of tokens before.
+      tokens: whose documents keep apart, in natural order; None is one document.
+      parallel: of `short_convolution`, for global arrays in the order of the sequence.
+
+    Returns:
+      y (batch, length, channels) in the dtype of x, sums in float32; 0 at padding.
+
+    Raises:
+      UserError: shapes that do not fit, an even number of taps, or a `parallel` for tokens in another order.
+    """
+    if taps_WC.shape[0] % 2 == 0:
+        raise UserError(f"A centred convolution has as many taps before as after: use 1, 3, ... not {taps_WC.shape[0]}.")
+    _check_order("centred_convolution", parallel)
+    tokens = Tokens.arange(*x_BTC.shape[:2]) if tokens is None else tokens
+    wide, reach = x_BTC.astype(jnp.promote_types(x_BTC.dtype, jnp.float32)), taps_WC.shape[0] // 2
+    before = short_convolution(wide, taps_WC[reach:], tokens=tokens, parallel=parallel)
+    ahead = taps_WC[reach::-1].at[0].set(0)  # a token counts once
+    after = short_convolution(_reversed(wide), ahead, tokens=tokens.map(_reversed), parallel=parallel)
+    return (before + _reversed(after)).astype(x_BTC.dtype)
+
+
+def _check_order(what: str, parallel) -> None:
+    layout = getattr(parallel, "layout", None)
+    if not isinstance(layout, Contiguous | None):
+        raise UserError(
+            f"{what} reads what lies beside a token, and under {layout} that is a token of another place: restore the "
+            "order of the sequence, and use StateScan(mesh)."
+        )
 
 
 def _reversed(x):

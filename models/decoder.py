@@ -13,7 +13,7 @@ from striate.lib.decoding.cache import Cache, Entry, KeyValues
 from striate.lib.errors import UserError
 from striate.lib.parallel import Across
 from striate.lib.tokens import PADDING, Tokens
-from striate.models.layers import NgramEmbedding, RMSNorm, SwiGLU, weight
+from striate.models.layers import Blend, NgramEmbedding, RMSNorm, SwiGLU, weight
 from striate.models.mixers import MIXERS
 from striate.models.scores import parse as parse_score
 
@@ -95,6 +95,20 @@ class DecoderConfig:
         return self.layers // len(self.pattern)
 
     @property
+    def sees_later(self) -> tuple[str, ...]:
+        """The mixers of the pattern by which a token reads later ones."""
+        return tuple(layer.mixer for layer in self.pattern if MIXERS[layer.mixer].sees_later)
+
+    def check_next_token(self) -> None:
+        """Raises UserError where the next token would be predicted from itself."""
+        for name in self.sees_later:
+            causal = ", ".join(repr(name) for name, kind in MIXERS.items() if not kind.sees_later)
+            raise UserError(
+                f"mixer {name!r} sees later tokens, and the objective is the next token: every target would be read. "
+                f"Use one of {causal}, or train it on targets that are not among its inputs."
+            )
+
+    @property
     def embedding_deviation(self) -> float:
         """Of the embedding: logits start with a deviation of 1/2, near a uniform guess."""
         return 0.5 * self.width**-0.5
@@ -120,7 +134,7 @@ def _choice(name: str, value: str, known) -> None:
 
 
 def mixer(config: DecoderConfig, layer: Layer, parallel: Across | None, name: str | None = None) -> nn.Module:
-    """The module of a layer, called as (x, tokens, k_tokens, past), which gives (output, what to cache)."""
+    """The module of a layer, called as (x, tokens, k_tokens, past), which gives (output or Blend, what to cache)."""
     kind = MIXERS[layer.mixer]
     sizes = {"heads": config.heads, "kv_heads": config.kv_heads, "head_dim": config.head_dim}
     given = {"name": name, **sizes, "out_deviation": config.out_deviation, "dtype": config.compute_dtype}
@@ -145,7 +159,8 @@ class Block(nn.Module):
         config, axes = self.config, ("batch", "length", "embed")
         mix = mixer(config, self.layer, self.parallel, name=self.layer.mixer)
         mixed_BTE, new = mix(RMSNorm(name="mixer_norm")(x_BTE), tokens, k_tokens, past)
-        x_BTE = nn.with_logical_constraint(x_BTE + mixed_BTE, axes)
+        x_BTE = mixed_BTE.onto(x_BTE) if isinstance(mixed_BTE, Blend) else x_BTE + mixed_BTE
+        x_BTE = nn.with_logical_constraint(x_BTE, axes)
         feed_forward = SwiGLU(config.hidden, config.out_deviation, config.compute_dtype, name="feed_forward")
         x_BTE += feed_forward(RMSNorm(name="feed_forward_norm")(x_BTE))
         return nn.with_logical_constraint(x_BTE, axes), new

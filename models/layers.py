@@ -5,6 +5,8 @@ Parameters are float32 masters with logical axis names; `dtype` is the dtype of 
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -17,6 +19,16 @@ from striate.lib.masks import Mask
 from striate.lib.positions import Position
 from striate.lib.tokens import Tokens
 from striate.models.scores import parse as parse_score
+
+
+class Blend(NamedTuple):
+    """What a mixer returns to move the residual stream towards a value, where others return what is added to it."""
+
+    value: jax.Array
+    gate: jax.Array  # 0, where nothing changes, to 1
+
+    def onto(self, x: jax.Array) -> jax.Array:
+        return x + self.gate * (self.value - x)
 
 
 def rms_norm(x: jax.Array, gain: jax.Array, epsilon: float = 1e-6) -> jax.Array:
@@ -42,17 +54,22 @@ def weight(module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str
 
 
 def queries_keys_values(module: nn.Module, x_BTE: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(B, T, H, D), (B, T, K, D), (B, T, K, D) for a module that has heads, kv_heads and head_dim.
+    """(B, T, H, D), (B, T, K, D), (B, T, K, D) for a module that has heads, kv_heads and head_dim."""
+    return heads_and_groups(module, x_BTE, "qkv", 2)
 
-    One product makes all three: its output axis is (kv_heads, group + 2), the `group` queries of a key/value head
-    beside its key and its value, so that it is cut over key/value heads as a whole.
+
+def heads_and_groups(module: nn.Module, x_BTE: jax.Array, name: str, groups: int) -> tuple[jax.Array, ...]:
+    """(B, T, H, D), and (B, T, K, D) so many times, for a module that has heads, kv_heads and head_dim.
+
+    One product makes them all: its output axis is (kv_heads, group + groups), the `group` heads of a key/value head
+    beside what there is one of, so that it is cut over key/value heads as a whole.
     """
     (batch, length, width), group = x_BTE.shape, module.heads // module.kv_heads
-    shape = (width, module.kv_heads, group + 2, module.head_dim)
-    qkv = weight(module, "qkv", shape, ("embed", "kv_heads", None, "head_dim"), width**-0.5)
-    qkv_BTKGD = jnp.einsum("bte,ekgd->btkgd", x_BTE, qkv)
-    q_BTHD = qkv_BTKGD[:, :, :, :group].reshape(batch, length, module.heads, module.head_dim)
-    return q_BTHD, qkv_BTKGD[:, :, :, group], qkv_BTKGD[:, :, :, group + 1]
+    shape = (width, module.kv_heads, group + groups, module.head_dim)
+    kernel = weight(module, name, shape, ("embed", "kv_heads", None, "head_dim"), width**-0.5)
+    out_BTKGD = jnp.einsum("bte,ekgd->btkgd", x_BTE, kernel)
+    heads_BTHD = out_BTKGD[:, :, :, :group].reshape(batch, length, module.heads, module.head_dim)
+    return heads_BTHD, *(out_BTKGD[:, :, :, group + place] for place in range(groups))
 
 
 class RMSNorm(nn.Module):
@@ -91,7 +108,13 @@ class Attention(nn.Module):
         Returns:
           (output (batch, length, width), the keys and values of `tokens`).
         """
-        q_BTHD, k_BTKD, v_BTKD = queries_keys_values(self, x_BTE)
+        out_BTHD, new = self.mix(*queries_keys_values(self, x_BTE), tokens, k_tokens, past)
+        shape = (self.heads, self.head_dim, x_BTE.shape[2])
+        out = weight(self, "out", shape, ("heads", "head_dim", "embed"), self.out_deviation)
+        return jnp.einsum("bthd,hde->bte", out_BTHD, out), new
+
+    def mix(self, q_BTHD, k_BTKD, v_BTKD, tokens: Tokens, k_tokens: Tokens, past):
+        """(out (B, T, H, D), what to cache)."""
         q_BTHD = self.position.queries(RMSNorm(name="q_norm")(q_BTHD), tokens)
         k_BTKD = self.position.keys(RMSNorm(name="k_norm")(k_BTKD), tokens)
         new, mask = KeyValues(k_BTKD, v_BTKD), self.mask
@@ -99,10 +122,7 @@ class Attention(nn.Module):
             k_BTKD, v_BTKD = (jnp.concatenate([old, x], axis=1) for old, x in zip(past, new, strict=True))
             mask = mask & masks.key("document", low=0)
         how = {"score": parse_score(self.score)(self), "implementation": self.implementation, "parallel": self.parallel}
-        out_BTHD = attention(q_BTHD, k_BTKD, v_BTKD, mask=mask, q_tokens=tokens, k_tokens=k_tokens, **how)
-        shape = (self.heads, self.head_dim, x_BTE.shape[2])
-        out = weight(self, "out", shape, ("heads", "head_dim", "embed"), self.out_deviation)
-        return jnp.einsum("bthd,hde->bte", out_BTHD, out), new
+        return attention(q_BTHD, k_BTKD, v_BTKD, mask=mask, q_tokens=tokens, k_tokens=k_tokens, **how), new
 
 
 class SwiGLU(nn.Module):

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from flax import linen as nn
 
-from striate.models import recurrent
+from striate.models import attentive, attentive_memory, bidirectional, convolutional, recurrent
 from striate.models.layers import Attention
 
 TAPS = {"taps": 4}  # of a short convolution before the recurrence
@@ -43,4 +43,14 @@ MIXERS = {
     "asymmetric": Kind(recurrent.HigherOrder, {"order": "asymmetric"}),
     "flow": Kind(recurrent.Flow),
     "gated_lru": Kind(recurrent.GatedLRU, TAPS),
+    "tptt": Kind(attentive.MemoryAsGate, attends=True),
+    "chela": Kind(convolutional.Chela),
+    "gam": Kind(convolutional.GatedMemory),
+    "lavo": Kind(attentive_memory.OrthogonalMemory, attends=True),
+    "arflow": Kind(attentive_memory.FrameAttention, attends=True, sees_later=True),
+    "hydra": Kind(bidirectional.Hydra, {"taps": 7}, sees_later=True),
+    "vssd": Kind(bidirectional.VSSD, {"taps": 3}, sees_later=True),
+    "efficient": Kind(bidirectional.Efficient, sees_later=True),
+    "lightnet_both": Kind(bidirectional.LightNetBoth, sees_later=True),
+    "flow_both": Kind(bidirectional.FlowBoth, sees_later=True),
 }

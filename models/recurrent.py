@@ -16,6 +16,8 @@ All keep documents apart, run over a sharded sequence by `parallel.recurrence`, 
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -60,10 +62,9 @@ class Recurrent(nn.Module):
           (output (batch, length, width), what to go on from after `tokens`).
         """
         past = Carried(None, None) if past is None else past
-        q, k, v = queries_keys_values(self, x_BTE)
-        (q, k, v), tail = self.convolved((q, k, v), tokens, past.tail)
+        heads, tail = self.convolved(self.projected(x_BTE), tokens, past.tail)
         how = {"tokens": tokens, "initial_state": past.state, "return_state": True, "parallel": self.parallel}
-        out_BTHD, state = self.mix(x_BTE, q, k, v, **how, implementation=self.implementation)
+        out_BTHD, state = self.mix(x_BTE, *heads, **how, implementation=self.implementation)
         out = weight(
             self, "out", (*out_BTHD.shape[2:], x_BTE.shape[2]), ("heads", "head_dim", "embed"), self.out_deviation
         )
@@ -73,19 +74,26 @@ class Recurrent(nn.Module):
         """(out (B, T, H, D), the state after)."""
         raise NotImplementedError
 
-    def convolved(self, qkv, tokens, tail):
-        """silu of a short convolution of the three, where the layer has one, and its Tail."""
+    def projected(self, x_BTE) -> tuple[jax.Array, ...]:
+        """What is mixed, each of all heads or of the key/value heads."""
+        return queries_keys_values(self, x_BTE)
+
+    def convolved(self, heads, tokens, tail):
+        """silu of a short convolution of what is mixed, where the layer has one, and its Tail."""
         if not self.taps:
-            return qkv, None
-        x_BTKC = jnp.concatenate([x.reshape(*x.shape[:2], self.kv_heads, -1) for x in qkv], axis=3)
+            return heads, None
+        x_BTKC = jnp.concatenate([x.reshape(*x.shape[:2], self.kv_heads, -1) for x in heads], axis=3)
         shape = self.taps, *x_BTKC.shape[2:]
         taps = weight(self, "taps", shape, (None, "kv_heads", None), self.taps**-0.5).reshape(self.taps, -1)
-        how = {"tokens": tokens, "initial_tail": tail, "return_tail": True, "parallel": self.parallel}
-        y, tail = short_convolution(x_BTKC.reshape(*x_BTKC.shape[:2], -1), taps, **how)
+        y, tail = self.convolution(x_BTKC.reshape(*x_BTKC.shape[:2], -1), taps, tokens, tail)
         y = nn.silu(y).reshape(x_BTKC.shape)
-        group = y.shape[3] - 2 * self.head_dim
-        q, k, v = jnp.split(y, [group, group + self.head_dim], axis=3)
-        return (q.reshape(qkv[0].shape), k, v), tail
+        widths = [x.shape[2] * x.shape[3] // self.kv_heads for x in heads]
+        parts = jnp.split(y, list(itertools.accumulate(widths[:-1])), axis=3)
+        return tuple(part.reshape(x.shape) for part, x in zip(parts, heads, strict=True)), tail
+
+    def convolution(self, x_BTC, taps_WC, tokens, tail):
+        how = {"tokens": tokens, "initial_tail": tail, "return_tail": True, "parallel": self.parallel}
+        return short_convolution(x_BTC, taps_WC, **how)
 
     def gated(self, x_BTE, out_BTHD):
         """The norm of each head, times a gate of low rank (Qin et al. 2024, TransNormerLLM, section 3.1.3)."""
@@ -104,17 +112,27 @@ class Recurrent(nn.Module):
     def log_decay(self, x_BTE):
         """-rate softplus(x W + b), of Mamba-2: rates 1 to 16, steps 1e-3 to 1e-1 at the start; and the steps."""
 
-        def spread(low: float, high: float, invert):
-            def draw(key, shape, dtype):
-                return invert(jnp.exp(jax.random.uniform(key, shape, dtype, jnp.log(low), jnp.log(high))))
-
+        def partitioned(draw):
             return nn.with_logical_partitioning(draw, ("kv_heads",))
 
         shape = (self.kv_heads,), jnp.float32
-        log_rate = self.param("log_rate", spread(1.0, 16.0, jnp.log), *shape)
-        bias = self.param("step_bias", spread(1e-3, 1e-1, lambda step: jnp.log(jnp.expm1(step))), *shape)
+        log_rate = self.param("log_rate", partitioned(log_uniform(1.0, 16.0, jnp.log)), *shape)
+        bias = self.param("step_bias", partitioned(step_bias), *shape)
         step_BTK = nn.softplus(self.per_head(x_BTE, "step") + bias[None, None])
         return -jnp.exp(log_rate)[None, None] * step_BTK, step_BTK
+
+
+def log_uniform(low: float, high: float, invert: Callable) -> Callable:
+    """Draws invert(u), the logarithm of u uniform."""
+
+    def draw(key, shape, dtype):
+        return invert(jnp.exp(jax.random.uniform(key, shape, dtype, jnp.log(low), jnp.log(high))))
+
+    return draw
+
+
+step_bias = log_uniform(1e-3, 1e-1, lambda step: jnp.log(jnp.expm1(step)))
+"""Draws what softplus makes a step of Mamba-2 from."""
 
 
 class Lightning(Recurrent):

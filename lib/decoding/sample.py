@@ -36,8 +36,9 @@ def generate(
       The drawn bytes, int32 (at most `steps`,), without the prompt and without the BOUNDARY that ended them.
 
     Raises:
-      UserError: a prompt that is empty or no vector of ids, or settings out of range.
+      UserError: a prompt that is empty or no vector of ids, settings out of range, or a model that sees later tokens.
     """
+    config.check_next_token()
     prompt = _prompt(prompt_ids)
     _check(steps, temperature, top_p)
     # Rounded up, so that prompts and steps of many lengths share one compiled program.

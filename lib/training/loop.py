@@ -150,6 +150,7 @@ def check(experiment) -> None:
         ours, theirs = getattr(model, name), getattr(text, name)
         if ours != theirs and model.ngram_orders + text.ngram_orders:
             raise UserError(f"model.{name} is {ours} and data.{name} is {theirs}: set both to the same.")
+    model.check_next_token()
     for layer in model.pattern:
         missing = masks.parse(layer.mask).fields - {"position", "document"}
         if missing:
