@@ -205,12 +205,14 @@ def centred_convolution(
       UserError: shapes that do not fit, an even number of taps, or a `parallel` for tokens in another order.
     """
     if taps_WC.shape[0] % 2 == 0:
-        raise UserError(f"A centred convolution has as many taps before as after: use 1, 3, ... not {taps_WC.shape[0]}.")
+        raise UserError(
+            f"A centred convolution has as many taps before as after: use 1, 3, ... not {taps_WC.shape[0]}."
+        )
     _check_order("centred_convolution", parallel)
     tokens = Tokens.arange(*x_BTC.shape[:2]) if tokens is None else tokens
     wide, reach = x_BTC.astype(jnp.promote_types(x_BTC.dtype, jnp.float32)), taps_WC.shape[0] // 2
     before = short_convolution(wide, taps_WC[reach:], tokens=tokens, parallel=parallel)
-    ahead = taps_WC[reach::-1].at[0].set(0)  # a token counts once
+    ahead = jnp.concatenate([jnp.zeros_like(taps_WC[:1]), taps_WC[:reach][::-1]])  # its own tap counts once
     after = short_convolution(_reversed(wide), ahead, tokens=tokens.map(_reversed), parallel=parallel)
     return (before + _reversed(after)).astype(x_BTC.dtype)
 

@@ -8,12 +8,20 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from oracles import bidirectional
 from oracles import linear_variants as oracle
 from oracles.derivatives import gradients
 from striate import Tokens, UserError
 from striate.lib.layouts import ZigZag
 from striate.lib.linear_attention import linear_attention
-from striate.lib.noncausal import Direction, global_attention, global_flow, global_softmax, quasiseparable
+from striate.lib.noncausal import (
+    Direction,
+    centred_convolution,
+    global_attention,
+    global_flow,
+    global_softmax,
+    quasiseparable,
+)
 from striate.lib.parallel import StateScan
 from suites.attention import mesh
 from suites.linear import documents
@@ -94,6 +102,53 @@ def test_no_decay_in_both_directions_less_the_own_term_is_global_attention():
     own = np.where(document[:, :, None, None] >= 0, (q * k).sum(-1, keepdims=True) * v, 0)
     both = linear_attention(q, k, v, tokens=tokens) + backwards - own
     np.testing.assert_allclose(both, global_attention(q, k, v, tokens=tokens), rtol=1e-5, atol=1e-5)
+
+
+def test_over_the_tokens_so_far_it_is_the_recurrence_without_a_decay():
+    q, k, v, _ = problem(batch=1, length=9)
+    prefixes = np.where(np.tri(9, dtype=bool), 0, -1).astype(np.int32)
+    tokens = Tokens(position=prefixes * 0, document=prefixes)
+    each = global_attention(*(x.repeat(9, axis=0) for x in (q, k, v)), tokens=tokens)
+    np.testing.assert_allclose(each[np.arange(9), np.arange(9)], linear_attention(q, k, v)[0], rtol=1e-5, atol=1e-5)
+
+
+def test_scaled_by_the_number_of_tokens_it_is_their_mean():
+    q, k, v, _ = problem(batch=1, length=25, heads=2)
+    out = global_attention(q / 5, k / 5, v)  # both divided by sqrt(n), of Efficient Attention
+    mean = np.einsum("bthd,bshd,bshv->bthv", *np.float64([q, k]), np.float64(v)) / 25
+    np.testing.assert_allclose(out, mean, rtol=1e-5, atol=1e-5)
+
+
+class TestCentredConvolution:
+    def given(self, seed=0, taps=5, length=40):
+        rng = np.random.default_rng(seed)
+        shapes = (2, length, 3), (taps, 3), (2, length, 3)
+        x, kernel, d_y = (rng.normal(size=shape).astype(np.float32) for shape in shapes)
+        document = documents(np.random.default_rng(3), 2, length)
+        return x, kernel, d_y, document, Tokens(position=0 * document, document=document)
+
+    @pytest.mark.parametrize("taps", [1, 5])
+    def test_it_is_the_sum_over_the_taps_of_both_sides(self, taps):
+        x, kernel, d_y, document, tokens = self.given(taps=taps)
+        y, pull = jax.vjp(lambda x, kernel: centred_convolution(x, kernel, tokens=tokens), x, kernel)
+        np.testing.assert_allclose(y, bidirectional.centred_convolution(x, kernel, document), rtol=1e-5, atol=1e-5)
+        d_x, d_kernel = pull(d_y)
+        dx, dk, *_ = self.given(seed=1, taps=taps)  # the sum is linear in both
+        true = bidirectional.centred_convolution
+        np.testing.assert_allclose((d_x * dx).sum(), (true(dx, kernel, document) * d_y).sum(), rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose((d_kernel * dk).sum(), (true(x, dk, document) * d_y).sum(), rtol=1e-4, atol=1e-4)
+
+    def test_it_runs_over_a_sharded_sequence_in_its_order(self):
+        x, kernel, _, document, tokens = self.given()
+        there = mesh(sequence=4)
+        y = centred_convolution(x, kernel, tokens=tokens, parallel=StateScan(there))
+        np.testing.assert_allclose(y, bidirectional.centred_convolution(x, kernel, document), rtol=1e-5, atol=1e-5)
+        with pytest.raises(UserError, match=r"centred_convolution .* under ZigZag\(.*restore the order"):
+            centred_convolution(x, kernel, tokens=tokens, parallel=StateScan(there, layout=ZigZag(4)))
+
+    def test_an_even_number_of_taps_is_answered(self):
+        with pytest.raises(UserError, match="not 4"):
+            centred_convolution(*self.given(taps=4)[:2])
 
 
 def test_shapes_that_do_not_fit_are_answered():

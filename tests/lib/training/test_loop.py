@@ -190,6 +190,7 @@ def test_a_run_is_evaluated_and_continued_from_its_directory_on_any_mesh(trained
         ("data.ngram_orders", (2, 3), ("ngram_orders", "(2, 3)")),
         ("model.vocabulary", 256, ("256", "264")),
         ("model.pattern", (Layer(mask="causal() & same('segment')"),), ("segment", "position and document")),
+        ("model.pattern", (Layer(), Layer(mixer="vssd")), ("'vssd' sees later tokens", "the next token")),
         ("mesh.sequence", 16, ("16 devices", "there are 8")),
         ("data.name", "no_such_set", ("no_such_set",)),
     ],
