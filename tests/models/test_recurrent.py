@@ -1,6 +1,8 @@
 """Recurrent layers: what a layer may read, documents, decoding from states, and several devices."""
 
+import dataclasses
 import functools
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +21,13 @@ LENGTH = 32
 CAUSAL = [name for name, kind in MIXERS.items() if kind.recurs and not kind.sees_later]
 USUAL = ("gated_delta",)  # the rest of them as often as all tests are run
 NAMES = [pytest.param(name, marks=() if name in USUAL else pytest.mark.slow) for name in CAUSAL]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _small_windows():
+    """So that what is before a window is read."""
+    with mock.patch.dict(MIXERS, lavo=dataclasses.replace(MIXERS["lavo"], options={"window": 5})):
+        yield
 
 
 @functools.cache
