@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from oracles import delta_product as oracle
+from oracles.linear_variants import sigmoid
 from striate import Tokens, UserError
 from striate.lib.delta_product import delta_product, mean_of_three
 from striate.lib.layouts import Striped, ZigZag
@@ -32,11 +33,18 @@ class Product(Member):
 
 
 def product(order: int, trick: str, decayed: bool = False) -> Product:
+    """Of keys made to length 1, with strengths of the keys, and of values with decays that they say."""
+
     def run(q, k, v, **how):
         how |= {"log_decay": -jax.nn.sigmoid(v.sum(-1))} if decayed else {}
         return delta_product(q, unit(k), v, jax.nn.sigmoid(k.sum(-1)), order=order, trick=trick, **how)
 
-    return Product(run, functools.partial(oracle.delta_product, order=order, trick=trick, decayed=decayed))
+    def truth(document, q, k, v):
+        beta, log_decay = sigmoid(np.float64(k).sum(-1)), -decayed * sigmoid(np.float64(v).sum(-1))
+        keys = k / np.linalg.norm(np.float64(k), axis=3, keepdims=True)
+        return oracle.delta_product(document, q, keys, v, beta, log_decay, order, trick)
+
+    return Product(run, truth)
 
 
 PRODUCTS = {

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-from oracles.linear_variants import by_run, sigmoid
+from oracles.linear_variants import by_run
 
 
 def virtual(x, of, t, order, trick):
@@ -20,32 +20,22 @@ def virtual(x, of, t, order, trick):
     return {"derivative": derivative, "rotary": rotary, "both": both}[trick]
 
 
-def delta_product(document, q, k, v, order, trick, decayed):
-    """(B, T, H, V), of keys made to length 1; strengths are `strength` of keys, decays `log_decay` of values."""
+def delta_product(document, q, k, v, beta, log_decay, order, trick):
+    """(B, T, H, V); beta and log_decay (B, T, K)."""
     q, k, v = (np.float64(x) for x in (q, k, v))
     out, group = np.zeros((*q.shape[:3], v.shape[3])), q.shape[2] // k.shape[2]
-    units = k / np.linalg.norm(k, axis=3, keepdims=True)
     for b, head in np.ndindex(out.shape[0], out.shape[2]):
         own = head // group
         for of in by_run(document[b]):
             memory = np.zeros((k.shape[3], v.shape[3]))
             for t in of:
-                memory *= np.exp(log_decay(v[b, t, own])) if decayed else 1
-                queries, keys, values = (
-                    virtual(x, of, t, order, trick) for x in (q[b, :, head], units[b, :, own], v[b, :, own])
-                )
+                memory *= np.exp(log_decay[b, t, own])
+                rows = q[b, :, head], k[b, :, own], v[b, :, own]
+                queries, keys, values = (virtual(x, of, t, order, trick) for x in rows)
                 for key, value in zip(keys, values, strict=True):
-                    memory += strength(k[b, t, own]) * np.outer(key, value - key @ memory)
+                    memory += beta[b, t, own] * np.outer(key, value - key @ memory)
                 out[b, t, head] = queries[-1] @ memory
     return out
-
-
-def strength(key):
-    return sigmoid(key.sum(-1))
-
-
-def log_decay(value):
-    return -sigmoid(value.sum(-1))
 
 
 def mean_of_three(document, x):
