@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from striate.lib.errors import UserError
-from striate.lib.recurrence import segments
+from striate.lib.recurrence import HIGHEST, segments
 from striate.lib.tokens import PADDING, Tokens
 
 BLOCK = 64  # tokens of a block, where a long convolution keeps documents apart
@@ -159,34 +159,46 @@ def _by_fft(x, document, taps):
 
 
 def _by_blocks(x, document, taps):
-    """Blocks of BLOCK x BLOCK pairs at a time: Toeplitz in the distance, 0 between segments."""
+    """Products of Toeplitz matrices with blocks of tokens: of halves of blocks, halves of these, ...; then of blocks.
+
+    Of two blocks, one before the other, only one segment has tokens in both: that with which the later begins. So what
+    is to be kept apart is set to 0 before a product and after it.
+    """
     (batch, size, channels), reach = x.shape, taps.shape[0] - 1
     length = size - reach
-    ahead, blocks, rows = -(-reach // BLOCK), -(-length // BLOCK), min(length, BLOCK)
-    missing = ahead * BLOCK - reach, blocks * BLOCK - length
-    shape = batch, ahead + blocks, BLOCK
+    rows, ahead = min(BLOCK, 1 << (length - 1).bit_length()), -(-max(reach, 1) // BLOCK)
+    blocks, before = -(-length // rows), ahead * BLOCK
+    missing = before - reach, blocks * rows - length
     segment = segments(document, document[:, 0])[1]
-    segment = jnp.pad(segment, ((0, 0), missing), constant_values=-1).reshape(shape)
-    x = jnp.pad(x, ((0, 0), missing, (0, 0))).reshape(*shape, channels)
-    # No tap looks ahead, and none farther back than there are taps.
-    taps = jnp.pad(taps, ((BLOCK - 1, missing[0] + BLOCK - 1), (0, 0)))
-    apart = jnp.arange(rows)[:, None] - jnp.arange(BLOCK)[None] + BLOCK - 1
+    segment = jnp.pad(segment, ((0, 0), missing), constant_values=-1)
+    x = jnp.pad(x.transpose(2, 0, 1), ((0, 0), (0, 0), missing))
+    taps = jnp.pad(taps.T, ((0, 0), (0, before + BLOCK - reach - 1)))  # none reaches farther than there are
+
+    def given(earlier, of, here, distance):
+        """What blocks (C, B, n, j), of segments `of`, give to those that begin so many tokens later (C, B, n, i)."""
+        apart = distance + jnp.arange(here.shape[2])[:, None] - jnp.arange(of.shape[2])[None]
+        kept = jnp.where((of == here[..., :1])[None], earlier, 0)
+        y = jnp.einsum("cij,cbnj->cbni", taps[:, apart], kept, precision=HIGHEST)
+        return jnp.where((here == here[..., :1])[None], y, 0)
+
+    own_x, own = x[..., before:], segment[:, before:]
+    y = taps[:, :1, None] * own_x
+    for half in (1 << level for level in range((rows - 1).bit_length())):
+        early = own_x.reshape(channels, batch, -1, 2, half)[:, :, :, 0]
+        of = own.reshape(batch, -1, 2, half)
+        late = given(early, of[:, :, 0], of[:, :, 1], half)
+        y = y.reshape(channels, batch, -1, 2, half).at[:, :, :, 1].add(late).reshape(y.shape)
 
     @jax.checkpoint
     def add(distance, y):
-        """The pairs whose blocks are so far apart."""
-        toeplitz = jax.lax.dynamic_slice_in_dim(taps, distance * BLOCK, 2 * BLOCK - 1, 0)[apart]  # (i, j, C)
-        earlier, of = (jax.lax.dynamic_slice_in_dim(z, ahead - distance, blocks, 1) for z in (x, segment))
-        together = segment[:, ahead:, :rows, None] == of[:, :, None]
+        """What comes from blocks so many before."""
+        place = before - distance * BLOCK, blocks * BLOCK
+        earlier, of = (jax.lax.dynamic_slice_in_dim(z, *place, z.ndim - 1) for z in (x, segment))
+        earlier, of = (z.reshape(*z.shape[:-1], blocks, BLOCK) for z in (earlier, of))
+        return y + given(earlier, of, own.reshape(batch, blocks, rows), distance * BLOCK)
 
-        def block(pairs):
-            together, earlier = pairs
-            return jnp.einsum("bij,ijc,bjc->bic", together.astype(x.dtype), toeplitz, earlier)
-
-        return y + jax.lax.map(block, (together.swapaxes(0, 1), earlier.swapaxes(0, 1))).swapaxes(0, 1)
-
-    y = jax.lax.fori_loop(0, ahead + 1, add, jnp.zeros((batch, blocks, rows, channels), x.dtype))
-    return y.reshape(batch, -1, channels)[:, :length]
+    y = jax.lax.fori_loop(1, ahead + 1, add, y.reshape(channels, batch, blocks, rows))
+    return y.reshape(channels, batch, -1).transpose(1, 2, 0)[:, :length]
 
 
 def _check(x, taps, tokens) -> None:
