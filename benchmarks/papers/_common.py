@@ -34,29 +34,60 @@ def small(task, *pattern: Layer, **sizes) -> DecoderConfig:
     return DecoderConfig(vocabulary=task.vocabulary, pattern=pattern, **{**usual, **sizes})
 
 
-def accuracy(config: DecoderConfig, task, *, steps: int = 600, rate: float = 3e-3, batch: int = 64, seed: int = 0):
-    """Share of the scored slots of 1024 fresh rows that are right after `steps` steps of Adam on fresh batches."""
+def trained(config: DecoderConfig, task, *, steps: int = 600, rate: float = 3e-3, batch: int = 64, seed: int = 0):
+    """The parameters of a decoder after `steps` steps of Adam on the scored slots of fresh rows of a task."""
     model = Decoder(config)
 
-    def logits(params, rows):
-        tokens = Tokens.arange(*rows.inputs.shape)
-        hidden = model.apply({"params": params}, rows.inputs, tokens)
-        return model.apply({"params": params}, hidden, method="logits")
-
-    def loss(params, rows):
-        nll = optax.softmax_cross_entropy_with_integer_labels(logits(params, rows), rows.targets)
+    def loss(params, key):
+        rows = jax.vmap(task.sample)(jax.random.split(key, batch))
+        nll = optax.softmax_cross_entropy_with_integer_labels(_logits(model, params, rows.inputs), rows.targets)
         return (nll * rows.weights).sum() / rows.weights.sum()
 
-    def rows(key, count):
-        return jax.vmap(task.sample)(jax.random.split(key, count))
+    start, data = jax.random.split(jax.random.key(seed))
+    inputs = jnp.zeros((1, task.length), jnp.int32)
+    params = nn.unbox(jax.jit(model.init)(start, inputs, Tokens.arange(1, task.length)))["params"]
+    return fit(loss, params, steps, rate, data)
 
-    start, data, held_out = jax.random.split(jax.random.key(seed), 3)
-    first = rows(data, 1)
-    params = nn.unbox(jax.jit(model.init)(start, first.inputs, Tokens.arange(*first.inputs.shape)))["params"]
-    params = fit(lambda params, key: loss(params, rows(key, batch)), params, steps, rate, data)
-    fresh = rows(held_out, 1024)
-    right = jax.jit(lambda params: (logits(params, fresh).argmax(-1) == fresh.targets) * fresh.weights)(params)
-    return float(right.sum() / fresh.weights.sum())
+
+def accuracy(config: DecoderConfig, task, **training) -> float:
+    """Share of the scored slots of 1024 fresh rows that a decoder answers rightly once it is `trained`."""
+    params = trained(config, task, **training)
+    rows = jax.vmap(task.sample)(jax.random.split(jax.random.key(-1), 1024))
+    answers = jax.jit(lambda params: _logits(Decoder(config), params, rows.inputs).argmax(-1))(params)
+    return float(((answers == rows.targets) * rows.weights).sum() / rows.weights.sum())
+
+
+def normalised_error(model: nn.Module, sample: Callable, *, steps: int, known: int | None = None, slots=slice(None)):
+    """Squared error over the variance of the targets, in 1024 fresh rows, once a model of vectors is trained.
+
+    Args:
+      model: called as (x (B, T, C), tokens).
+      sample: gives (x (T, C), targets) of a key.
+      steps: of Adam, on 64 rows each.
+      known: how many rows there are to learn from; None for always fresh ones.
+      slots: of the outputs, that are compared.
+    """
+
+    def rows(keys):
+        x, targets = jax.vmap(sample)(keys)
+        return x, targets, Tokens.arange(*x.shape[:2])
+
+    def loss(params, key):
+        x, targets, tokens = rows(jax.random.choice(key, pool, (64,)) if known else jax.random.split(key, 64))
+        return ((model.apply(params, x, tokens) - targets) ** 2).mean()
+
+    start, data, held_out = jax.random.split(jax.random.key(0), 3)
+    pool = jax.random.split(data, known or 1)
+    x, _, tokens = rows(pool[:1])
+    params = fit(loss, nn.unbox(jax.jit(model.init)(start, x, tokens)), steps, 3e-3, data)
+    x, targets, tokens = rows(jax.random.split(held_out, 1024))
+    got, targets = jax.jit(model.apply)(params, x, tokens)[:, slots], targets[:, slots]
+    return float(((got - targets) ** 2).mean() / targets.var())
+
+
+def _logits(model: Decoder, params, inputs):
+    hidden = model.apply({"params": params}, inputs, Tokens.arange(*inputs.shape))
+    return model.apply({"params": params}, hidden, method="logits")
 
 
 def fit(loss: Callable, params, steps: int, rate: float, key, update: optax.GradientTransformation | None = None):

@@ -71,3 +71,25 @@ class Overwrite(Recall):
 
     def _keys(self, key):
         return jax.random.randint(key, (self.pairs,), 0, self.keys)
+
+
+@dataclass(frozen=True)
+class NearestMarker:
+    """Markers among blanks, 0: a slot is answered by the nearest marker at it or after it, where there is one."""
+
+    length: int = 32
+    vocabulary: int = 4
+    share: float = 0.25
+    """Of slots that are markers."""
+
+    def sample(self, key) -> Row:
+        of_places, of_markers = jax.random.split(key)
+        there = jax.random.bernoulli(of_places, self.share, (self.length,))
+        inputs = jnp.where(there, jax.random.randint(of_markers, (self.length,), 1, self.vocabulary), 0)
+        nearest = jax.lax.cummin(jnp.where(there, jnp.arange(self.length), self.length - 1), reverse=True)
+        targets = inputs[nearest]
+        return Row(inputs, targets, (targets > 0).astype(jnp.float32))
+
+    def oracle(self, inputs: np.ndarray) -> np.ndarray:
+        """Targets of the scored slots of one row."""
+        return np.array([inputs[t:][inputs[t:] > 0][0] for t in range(len(inputs)) if inputs[t:].any()])
