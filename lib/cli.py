@@ -137,7 +137,7 @@ class Systems:
     def __call__(self) -> None:
         measured = json.loads((ROOT / "configs/papers/results.json").read_text())
         table = Table("system", "is", "asked", "reached", box=box.SIMPLE)
-        for name, (_, given) in papers().items():
+        for name, given in papers().items():
             system, reached = given["system"], measured.get(name, {})
             config = f"\nstriate train papers/{name}" if "experiment" in given else ""
             asks = [f"{what} {relation} {figure:g}" for what, (relation, figure) in system.asks.items()]
@@ -253,8 +253,8 @@ def load_experiment(name: str) -> Any:
     """
     from striate.configs.schema import Experiment
 
-    shipped = {file.stem: file for file in sorted(ROOT.glob("configs/[a-z]*.py")) if file.stem != "schema"}
-    shipped |= {f"papers/{name}": file for name, (file, given) in papers().items() if "experiment" in given}
+    files = [file for file in sorted(ROOT.glob("configs/**/[a-z]*.py")) if file.stem not in ("schema", "base")]
+    shipped = {file.relative_to(ROOT / "configs").with_suffix("").as_posix(): file for file in files}
     path = shipped.get(name, Path(name))
     if not path.is_file():
         near = nearest(path.stem, shipped)
@@ -265,10 +265,10 @@ def load_experiment(name: str) -> Any:
     return experiment
 
 
-def papers() -> dict[str, tuple[Path, dict]]:
-    """Of every published system, by the name of its file in configs/papers/: (the file, what it defines)."""
-    ran = {file: runpy.run_path(str(file)) for file in sorted(ROOT.glob("configs/papers/[a-z]*.py"))}
-    return {file.stem: (file, given) for file, given in ran.items() if "system" in given}
+def papers() -> dict[str, dict[str, Any]]:
+    """What the file of each published system in configs/papers/ defines, by its name."""
+    given = {file.stem: runpy.run_path(str(file)) for file in sorted(ROOT.glob("configs/papers/[a-z]*.py"))}
+    return {name: defined for name, defined in given.items() if "system" in defined}
 
 
 def find_run(name: str) -> Path:

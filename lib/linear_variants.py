@@ -9,6 +9,7 @@
 | Latte; causal Efficient Attention | `running_softmax` of softmax(q), over the latents of a head |
 | HLA, AHLA, third order | `higher_order` |
 | Flowformer, causal | `flow` |
+| mesa-optimisation | `least_squares_step` |
 | RG-LRU (Griffin, Hawk, TRecViT) | `gated_lru` |
 
 Forms in which every token sees all of its document are in lib/noncausal.py. Everything here is causal, keeps documents
@@ -24,6 +25,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from striate.lib.convolution import Tail, short_convolution
 from striate.lib.errors import UserError
 from striate.lib.linear_attention import check_arrays, linear_attention
 from striate.lib.recurrence import Inputs, State, divided, like
@@ -249,6 +251,55 @@ def conserved(q_BTHD, k_BTKD, v_BTKV, attend: Callable, feature: Callable, epsil
     (of_strengths,) = total(strength)
     share = n * strength / jnp.where(real, of_strengths, 1.0)
     return (jax.nn.sigmoid(met(q, of_keys)) * attend(q / (n * incoming), k, share * v)).astype(dtype)
+
+
+def least_squares_step(
+    x_BTHD: jax.Array,
+    *,
+    tokens: Tokens | None = None,
+    initial_state: tuple[Tail, State, State] | None = None,
+    return_state: bool = False,
+    parallel=None,
+    **how,
+):
+    """What one step of gradient descent predicts that comes next, in systems x_{t+1} = W x_t, one a head, W unknown.
+
+        y_t = sum_{i <= t} x_i x_{i-1}^H x_t / (t - 1), over the tokens of a document
+
+    It is linear attention of queries x_t, keys x_{t-1} and values x_t over the count of the keys: the step of size 1
+    from W = 0 on the mean of |x_i - W x_{i-1}|^2 / 2. Complex numbers go as pairs of real ones: with a key k the query
+    x gives the real part of k^H x, and -i x, beside it, the imaginary part. A first token gives 0.
+
+    Args:
+      x_BTHD: states, (batch, length, systems, width), real or complex.
+      how: chunk, implementation of `linear_attention`.
+
+    Returns:
+      y, as x, with return_state also (the Tail, the States of the count and of the sums).
+
+    Source: Zheng et al. 2024 (On mesa-optimization in autoregressively trained transformers), section 4.
+    """
+    tokens = Tokens.arange(*x_BTHD.shape[:2]) if tokens is None else tokens
+    tail, *states = initial_state or (None,)
+    is_complex, width = jnp.iscomplexobj(x_BTHD), x_BTHD.shape[3]
+    x = jnp.concatenate([x_BTHD.real, x_BTHD.imag], axis=3) if is_complex else x_BTHD
+    one = jnp.ones_like(x[:, :, :1, :1])
+    flat = jnp.concatenate([one[..., 0], x.reshape(*x.shape[:2], -1)], axis=2)
+    taps = jnp.stack([jnp.zeros_like(flat[0, 0]), jnp.ones_like(flat[0, 0])])
+    crossing = {"tokens": tokens, "parallel": parallel}
+    previous, tail = short_convolution(flat, taps, initial_tail=tail, return_tail=True, **crossing)
+    passes = _Passes(tuple(states) or None, how | crossing)
+    count = passes(one, one, previous[..., :1, None])
+    keys = previous[..., 1:].reshape(x.shape)
+    if is_complex:
+        turned = jnp.concatenate([x_BTHD.imag, -x_BTHD.real], axis=3)
+        out = passes(jnp.stack([x, turned], axis=3).reshape(*x.shape[:2], -1, 2 * width), keys, x)
+        (real, of_imag), (imag, of_real) = (jnp.split(out[:, :, part::2], 2, axis=3) for part in (0, 1))
+        out = real - of_real + 1j * (of_imag + imag)
+    else:
+        out = passes(x, keys, x)
+    out = (out / jnp.maximum(count, 1)).astype(x_BTHD.dtype)
+    return (out, (tail, *passes.after)) if return_state else out
 
 
 def gated_lru(

@@ -86,7 +86,7 @@ class Recurrent(nn.Module):
         shape = self.taps, *x_BTKC.shape[2:]
         taps = weight(self, "taps", shape, (None, "kv_heads", None), self.taps**-0.5).reshape(self.taps, -1)
         y, tail = self.convolution(x_BTKC.reshape(*x_BTKC.shape[:2], -1), taps, tokens, tail)
-        y = nn.silu(y).reshape(x_BTKC.shape)
+        y = self.activated(y).reshape(x_BTKC.shape)
         widths = [x.shape[2] * x.shape[3] // self.kv_heads for x in heads]
         parts = jnp.split(y, list(itertools.accumulate(widths[:-1])), axis=3)
         return tuple(part.reshape(x.shape) for part, x in zip(parts, heads, strict=True)), tail
@@ -94,6 +94,10 @@ class Recurrent(nn.Module):
     def convolution(self, x_BTC, taps_WC, tokens, tail):
         how = {"tokens": tokens, "initial_tail": tail, "return_tail": True, "parallel": self.parallel}
         return short_convolution(x_BTC, taps_WC, **how)
+
+    def activated(self, y):
+        """What comes of the short convolution."""
+        return nn.silu(y)
 
     def gated(self, x_BTE, out_BTHD):
         """The norm of each head, times a gate of low rank (Qin et al. 2024, TransNormerLLM, section 3.1.3)."""
@@ -172,6 +176,9 @@ class HigherOrder(Recurrent):
 
 
 class Flow(Recurrent):
+    def activated(self, y):
+        return y  # its own features, sigmoids, need both signs
+
     def mix(self, x_BTE, q, k, v, **how):
         return variants.flow(q, k, v, **how)
 

@@ -3,6 +3,8 @@
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # inherited by the programs that tests start
+# Most of the time goes into compiling small programs. What XLA makes of them stays the same, LLVM does less to it.
+os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=0 {os.environ.get('XLA_FLAGS', '')}"
 
 import jax
 import pytest

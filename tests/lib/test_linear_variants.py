@@ -17,6 +17,7 @@ from striate.lib.linear_variants import (
     flow,
     gated_lru,
     higher_order,
+    least_squares_step,
     lightning_log_decay,
     running_softmax,
     unit,
@@ -253,6 +254,58 @@ class TestHigherOrder:
     def test_an_unknown_order_is_answered(self):
         with pytest.raises(UserError, match="order 'fourth' is not known; there are 'second', 'asymmetric', 'third'"):
             higher_order(*problem()[:3], order="fourth")
+
+
+class TestLeastSquaresStep:
+    """Systems x_{t+1} = W x_t: what a step of gradient descent on the pairs so far predicts."""
+
+    def given(self, is_complex: bool, length=37):
+        rng = np.random.default_rng(0)
+        x = rng.normal(size=(2, length, 2, 3)) + 1j * is_complex * rng.normal(size=(2, length, 2, 3))
+        return np.complex64(x) if is_complex else np.float32(x.real), documents(rng, 2, length)
+
+    def true(self, x, document):
+        out = np.zeros(x.shape, np.complex128)
+        for b, s in np.ndindex(x.shape[0], x.shape[2]):
+            for place in oracle.by_run(document[b]):
+                y = np.complex128(x[b, place, s])
+                for t in range(1, len(y)):
+                    step = y[1 : t + 1].T @ y[:t].conj() / t  # minus the gradient at W = 0
+                    out[b, place[t], s] = step @ y[t]
+        return out
+
+    def run(self, x, document, **how):
+        tokens = Tokens(position=document * 0, document=document)
+        return jax.jit(lambda x: least_squares_step(x, tokens=tokens, chunk=16, **how))(x)
+
+    @pytest.mark.parametrize("is_complex", [False, True])
+    def test_it_is_a_step_on_the_squared_error(self, is_complex):
+        x, document = self.given(is_complex)
+        document[document == -1] = 4  # padding would lie between two of a system
+        out = self.run(x, document)
+        assert out.dtype == x.dtype
+        np.testing.assert_allclose(out, self.true(x, document), rtol=1e-5, atol=1e-5)
+
+    def test_the_step_is_what_the_gradient_of_the_error_says(self):
+        x, _ = self.given(False)
+        x = x[0, :, 0]
+
+        def error(w):
+            return 0.5 * ((x[1:] - x[:-1] @ w.T) ** 2).sum(1).mean()
+
+        step = -jax.grad(error)(np.zeros((3, 3), np.float32))
+        np.testing.assert_allclose(least_squares_step(x[None, :, None])[0, -1, 0], step @ x[-1], rtol=1e-4, atol=1e-5)
+
+    def test_in_parts_and_over_devices(self):
+        x, document = self.given(True, length=32)
+        whole, state, parts = self.run(x, document), None, []
+        for start in (0, 16):
+            now = np.s_[:, start : start + 16]
+            out, state = self.run(x[now], document[now], initial_state=state, return_state=True)
+            parts.append(out)
+        np.testing.assert_allclose(np.concatenate(parts, 1), whole, rtol=1e-5, atol=1e-5)
+        spread = self.run(x, document, parallel=StateScan(mesh(sequence=4)))
+        np.testing.assert_allclose(spread, whole, rtol=1e-5, atol=1e-5)
 
 
 class TestGatedLRU:
