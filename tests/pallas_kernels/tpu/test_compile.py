@@ -26,6 +26,16 @@ MASKS = {
 }
 
 
+def some(topologies, usual, cases) -> list:
+    """Pairs of a topology and a case: all cases on the first topology, the usual one on each, the others are slow."""
+
+    def mark(topology, case):
+        fast = topology == topologies[0] or case == usual
+        return pytest.param(topology, case, id=f"{topology}-{case}", marks=[] if fast else pytest.mark.slow)
+
+    return [mark(topology, case) for topology, case in itertools.product(topologies, cases)]
+
+
 def arrays(length: int, heads=4, kv_heads=2, width=128, dtype=jnp.bfloat16, spread=None):
     """Shapes of (q, k, v, tokens), cut over the mesh axis "sequence" of `spread`."""
     sharding = NamedSharding(spread, P(None, "sequence")) if spread else None
@@ -47,16 +57,14 @@ def both_passes(mask, score, parallel=None, implementation="pallas_tpu"):
 
 
 @pytest.mark.tpu
-@pytest.mark.parametrize("name", MASKS)
-@pytest.mark.parametrize("topology", CHIPS)
+@pytest.mark.parametrize(("topology", "name"), some(CHIPS, "packed", MASKS))
 def test_both_passes_compile(topology, name):
     compiled = plan.compile_for(topology, both_passes(*MASKS[name]), *arrays(4096))
     assert compiled.as_text().count('custom_call_target="tpu_custom_call"') == 2
 
 
 @pytest.mark.tpu
-@pytest.mark.parametrize("name", MASKS)
-@pytest.mark.parametrize("topology", PODS)
+@pytest.mark.parametrize(("topology", "name"), some(PODS, "packed", MASKS))
 def test_a_ring_over_64_chips_compiles(topology, name):
     mesh = Mesh(np.array(plan.describe(topology)).reshape(-1)[:64], ("sequence",))
     shapes = arrays(64 * 1024, spread=mesh)
@@ -64,15 +72,8 @@ def test_a_ring_over_64_chips_compiles(topology, name):
     assert "collective-permute" in compiled.as_text()
 
 
-def fused_rings():
-    """Every mask over 64 chips; over a few chips of every kind one of them, and in the slow run the others."""
-    for topology, name in itertools.product([*CHIPS, *PODS], MASKS):
-        marks = [pytest.mark.slow] * (topology in CHIPS and name != "packed")
-        yield pytest.param(topology, name, id=f"{topology}-{name}", marks=marks)
-
-
 @pytest.mark.tpu
-@pytest.mark.parametrize(("topology", "name"), [*fused_rings()])
+@pytest.mark.parametrize(("topology", "name"), some((*PODS, *CHIPS), "packed", MASKS))
 def test_a_fused_ring_compiles(topology, name):
     devices = np.array(plan.describe(topology)).reshape(-1)
     mesh = Mesh(devices[:64], ("sequence",))
@@ -157,16 +158,15 @@ def check_that_nothing_is_copied(topology, function, shapes):
 
 
 @pytest.mark.tpu
-@pytest.mark.parametrize("name", MASKS)
-@pytest.mark.parametrize("topology", CHIPS)
+@pytest.mark.parametrize(("topology", "name"), some(CHIPS, "packed", MASKS))
 def test_decode_compiles_and_copies_no_cache(topology, name):
     check_that_nothing_is_copied(topology, decode(*MASKS[name]), decode_arrays())
 
 
 @pytest.mark.tpu
-@pytest.mark.parametrize(("page", "queries"), [(16, 1), (128, 16)])
-@pytest.mark.parametrize("topology", CHIPS)
-def test_decode_in_pages_compiles_and_copies_no_page(topology, page, queries):
+@pytest.mark.parametrize(("topology", "pages"), some(CHIPS, (128, 16), [(16, 1), (128, 16)]))
+def test_decode_in_pages_compiles_and_copies_no_page(topology, pages):
+    page, queries = pages
     shapes = decode_arrays(queries=queries, length=32768, pages=(2**17 // page, page))
     check_that_nothing_is_copied(topology, decode(*MASKS["packed"], paged=True), shapes)
 
@@ -221,8 +221,7 @@ RECURRENCES = [("sum", False, "none"), ("sum", True, "token"), ("sum", False, "c
 
 
 @pytest.mark.tpu
-@pytest.mark.parametrize("kind", RECURRENCES, ids=str)
-@pytest.mark.parametrize("topology", CHIPS)
+@pytest.mark.parametrize(("topology", "kind"), some(CHIPS, RECURRENCES[1], RECURRENCES))
 def test_the_recurrence_compiles(topology, kind):
     rule, normalise, decay = kind
     # Nothing asked for by name: it is what a TPU gets.
