@@ -11,6 +11,9 @@ system = System(
     paper="Wu et al. 2022, Flowformer: Linearizing transformers with conservation flows",
     form='Layer(mixer="flow"); to both sides global_flow(q, k, v)',
     tests="tests/lib/test_linear_variants.py",
-    asks={"entropy of weights without conservation, less that with it, nats": (">=", 0.1)},
+    asks={
+        "entropy without competition less with it, constructed": (">=", 0.1),
+        "the same of trained layers": (">=", 0.1),
+    },
 )
 experiment = trained("flow", Layer(mixer="flow"))
