@@ -61,7 +61,8 @@ POSITIONAL = {"--config": "CONFIG", "--run": "RUN", "--formula": "FORMULA", "--n
 @pytest.mark.parametrize("name", COMMANDS)
 def test_help_lists_every_option(name, config, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
-    takes = [config] if issubclass(COMMANDS[name], Configured) else [] if name in ("show layout", "systems") else ["causal()"]
+    alone = name in ("show layout", "systems")
+    takes = [config] if issubclass(COMMANDS[name], Configured) else [] if alone else ["causal()"]
     command = parse([*name.split(), *takes])
     assert main([*name.split(), "--help"]) == 0
     output = capsys.readouterr().out
