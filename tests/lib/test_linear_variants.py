@@ -323,6 +323,12 @@ class TestGatedLRU:
         rate = np.broadcast_to(rate, u.shape)
         return oracle.over_documents(oracle.gated_lru, document, *(x[:, :, None] for x in (u, i, r, rate)))[:, :, 0]
 
+    def test_where_the_gate_is_shut_a_state_stays_as_it_is(self):
+        u, i, r, rate, document = self.given()
+        document[:], r[:, 5:] = 0, 0
+        h = np.asarray(self.run(u, i, r, rate, document))
+        np.testing.assert_array_equal(h[:, 5:], h[:, 4:5].repeat(32, axis=1))
+
     @pytest.mark.parametrize("how", [{}, {"implementation": "reference"}, {"implementation": "xla"}], ids=str)
     def test_it_is_its_definition(self, how):
         given = self.given()
