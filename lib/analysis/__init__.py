@@ -1,1 +1,1 @@
-"""Analysis: pictures of losses, masks and layouts; fidelity of associative memories; the machine schedule of TPU kernels."""
+"""Analysis: pictures of losses, masks and layouts; associative memories; the machine schedule of TPU kernels."""
