@@ -44,7 +44,7 @@ class Chela(Convolutional):
     """A step of the residual stream x towards y. With x' the normalised x and c = long(silu(short(x'))),
 
         u, z, r, h = sigmoid, silu, silu and nothing of c W + b
-        q, k = z * gain + bias, for each head                  v = silu(x' W + b)
+        q, k = z * (1 + gain) + bias, for each head            v = silu(x' W + b)
         o = the norm of each head of linear attention(q, k, v)
         y = silu(h + (o * r) W)                                out = x + u (y - x)
 
@@ -52,13 +52,13 @@ class Chela(Convolutional):
 
     Attributes:
       taps: of the short convolution; 1 for none.
-      reach: taps of the long one, what it has to keep for decoding; a power of 2 times `segment`, or 1 for none.
-      segment: its parameters for each channel and scale, `multiscale_taps`.
+      segment: parameters of the long one for each channel and scale, see `multiscale_taps`.
+      scales: of those; it has segment x 2^(scales - 1) taps, and decoding keeps as many tokens.
     """
 
     taps: int = 4
-    reach: int = 256
     segment: int = 16
+    scales: int = 5
 
     @nn.compact
     def __call__(self, x_BTE: jax.Array, tokens: Tokens, k_tokens: Tokens, past: Carried | None = None):
@@ -83,19 +83,18 @@ class Chela(Convolutional):
         width, how = x_BTE.shape[2], {"tokens": tokens, "return_tail": True, "parallel": self.parallel}
         taps = weight(self, "taps", (self.taps, width), (None, "embed"), self.taps**-0.5)
         y_BTE, short = short_convolution(x_BTE, taps, initial_tail=tails[0], **how)
-        segment = min(self.segment, self.reach)
-        shape = (self.reach // segment).bit_length(), segment, width
-        segments = weight(self, "segments", shape, (None, None, "embed"), (2 * segment) ** -0.5)
-        y_BTE, long = long_convolution(nn.silu(y_BTE), multiscale_taps(segments), initial_tail=tails[1], **how)
+        segments = weight(self, "segments", (self.scales, self.segment, width), (None, None, "embed"), 0.02)
+        taps = multiscale_taps(segments).at[0].add(1.0)  # the token itself: among random taps it would be lost
+        y_BTE, long = long_convolution(nn.silu(y_BTE), taps, initial_tail=tails[1], **how)
         return y_BTE, (short, long)
 
     def per_head(self, name: str, z_BTD, heads: int, axis: str):
-        """z * gain + bias, for each head."""
+        """z * (1 + gain) + bias, for each head."""
         gain, bias = (
             weight(self, f"{name}_{part}", (heads, self.head_dim), (axis, "head_dim"), deviation)
-            for part, deviation in (("gain", 1.0), ("bias", 0.0))
+            for part, deviation in (("gain", 0.02), ("bias", 0.0))
         )
-        return z_BTD[:, :, None] * gain[None, None] + bias[None, None]
+        return z_BTD[:, :, None] * (1 + gain)[None, None] + bias[None, None]
 
 
 class GatedMemory(Convolutional):

@@ -17,8 +17,8 @@ from striate.models.convolutional import Chela, GatedMemory
 from striate.models.decoder import Block, DecoderConfig, Layer
 
 SIZES = {"heads": 2, "kv_heads": 1, "head_dim": 3, "out_deviation": 0.1, "dtype": "float32"}
-NO_CONVOLUTION = {"taps": 1, "reach": 1}
-CONVOLUTIONS = {"taps": 3, "reach": 8, "segment": 2}
+NO_CONVOLUTION = {"taps": 1, "segment": 1, "scales": 1}
+CONVOLUTIONS = {"taps": 3, "segment": 2, "scales": 3}
 WIDTH = 4
 
 
@@ -59,7 +59,7 @@ def mega(p, c, x, stream):
     z = silu(z + p["shared_bias"])
     r = silu(np.einsum("bte,ehv->bthv", c, p["reset"]) + p["reset_bias"])
     v = silu(np.einsum("bte,ekv->btkv", x, p["values"]) + p["values_bias"])
-    q, k = (z[:, :, None] * p[f"{name}_gain"] + p[f"{name}_bias"] for name in "qk")
+    q, k = (z[:, :, None] * (1 + p[f"{name}_gain"]) + p[f"{name}_bias"] for name in "qk")
     o = np.zeros_like(r)
     for b, t, head in np.ndindex(o.shape[:3]):
         key_head = head * k.shape[2] // q.shape[2]
@@ -75,7 +75,7 @@ def test_chela_is_megas_gate_around_linear_attention(options):
     module = Chela(**SIZES, **options)
     params, x = drawn(module, 12)
     if options is NO_CONVOLUTION:
-        params |= {"taps": np.ones_like(params["taps"]), "segments": np.ones_like(params["segments"])}
+        params |= {"taps": np.ones_like(params["taps"]), "segments": 0 * params["segments"]}
     stream, d_out = np.random.default_rng(1).normal(size=(2, *x.shape)).astype(np.float32)
     leaves, structure = jax.tree.flatten(params)
 
@@ -84,7 +84,8 @@ def test_chela_is_megas_gate_around_linear_attention(options):
         if options is NO_CONVOLUTION:
             return mega(p, silu(x), x, stream)
         with jax.enable_x64(True):
-            taps = np.asarray(multiscale_taps(jnp.asarray(p["segments"])))
+            taps = np.array(multiscale_taps(jnp.asarray(p["segments"])))
+        taps[0] += 1
         return mega(p, convolved(silu(convolved(x, p["taps"])), taps), x, stream)
 
     @jax.jit

@@ -33,14 +33,21 @@ class Recall:
     queries: int = 8
     keys: int = 16
     values: int = 16
+    gap: int = 0
+    """Slots of filler between the pairs and the queries."""
 
     @property
     def vocabulary(self) -> int:
-        return self.keys + self.values
+        return self.keys + self.values + (self.gap > 0)
 
     @property
     def length(self) -> int:
-        return 2 * self.pairs + self.queries
+        return self.asked_from + self.queries
+
+    @property
+    def asked_from(self) -> int:
+        """The slot of the first query."""
+        return 2 * self.pairs + self.gap
 
     def sample(self, key) -> Row:
         of_keys, of_values, of_queries = jax.random.split(key, 3)
@@ -48,14 +55,15 @@ class Recall:
         values = self.keys + jax.random.randint(of_values, (self.pairs,), 0, self.values)
         asked = keys[jax.random.randint(of_queries, (self.queries,), 0, self.pairs)]
         last = jnp.where(keys[None] == asked[:, None], jnp.arange(self.pairs)[None], -1).max(1)
-        inputs = jnp.concatenate([jnp.stack([keys, values], axis=1).reshape(-1), asked])
-        scored = jnp.arange(self.length) >= 2 * self.pairs
-        targets = jnp.concatenate([jnp.zeros(2 * self.pairs, jnp.int32), values[last]])
+        filler = jnp.full(self.gap, self.keys + self.values)
+        inputs = jnp.concatenate([jnp.stack([keys, values], axis=1).reshape(-1), filler, asked])
+        scored = jnp.arange(self.length) >= self.asked_from
+        targets = jnp.concatenate([jnp.zeros(self.asked_from, jnp.int32), values[last]])
         return Row(inputs, targets, scored.astype(jnp.float32))
 
     def oracle(self, inputs: np.ndarray) -> np.ndarray:
         """Targets of the scored slots of one row."""
-        facts, asked = inputs[: 2 * self.pairs].reshape(-1, 2), inputs[2 * self.pairs :]
+        facts, asked = inputs[: 2 * self.pairs].reshape(-1, 2), inputs[self.asked_from :]
         known = {int(key): int(value) for key, value in facts}
         return np.array([known[int(key)] for key in asked])
 
@@ -93,3 +101,30 @@ class NearestMarker:
     def oracle(self, inputs: np.ndarray) -> np.ndarray:
         """Targets of the scored slots of one row."""
         return np.array([inputs[t:][inputs[t:] > 0][0] for t in range(len(inputs)) if inputs[t:].any()])
+
+
+@dataclass(frozen=True)
+class Topic:
+    """A row begins with some copies of its topic, then there is noise, and the last slot asks what the topic was."""
+
+    length: int = 512
+    copies: int = 4
+    topics: int = 8
+    noise: int = 8
+
+    @property
+    def vocabulary(self) -> int:
+        return self.topics + self.noise + 1
+
+    def sample(self, key) -> Row:
+        of_topic, of_noise = jax.random.split(key)
+        topic = jax.random.randint(of_topic, (), 0, self.topics)
+        noise = jax.random.randint(of_noise, (self.length,), self.topics, self.topics + self.noise)
+        last = jnp.arange(self.length) == self.length - 1
+        inputs = jnp.where(jnp.arange(self.length) < self.copies, topic, noise)
+        inputs = jnp.where(last, self.vocabulary - 1, inputs)
+        return Row(inputs, jnp.where(last, topic, 0), last.astype(jnp.float32))
+
+    def oracle(self, inputs: np.ndarray) -> np.ndarray:
+        """Targets of the scored slots of one row."""
+        return inputs[:1]

@@ -6,7 +6,7 @@ import pytest
 
 from striate.lib.training.data import tasks
 
-TASKS = [tasks.Recall(), tasks.Overwrite(), tasks.NearestMarker()]
+TASKS = [tasks.Recall(), tasks.Recall(gap=12), tasks.Overwrite(), tasks.NearestMarker(), tasks.Topic()]
 
 
 @pytest.mark.parametrize("task", TASKS, ids=lambda task: type(task).__name__)
