@@ -1,8 +1,8 @@
-"""Mixers that see both sides: every token reads all of its document, so that no model of the next token is made of them.
+"""Mixers that see both sides: a token reads all of its document, so that no model of the next token is made of them.
 
 | mixer | layer of |
 |---|---|
-| hydra | Hydra (Hwang et al. 2024): a recurrence over what is before a token, one over what is after it, and a diagonal |
+| hydra | Hydra (Hwang et al. 2024): a recurrence over what is before a token, one over what is after, a diagonal |
 | vssd | VSSD (Shi et al. 2024), over a sequence: one state, which all tokens write and all read |
 | efficient | Efficient Attention (Shen et al. 2021); Latte (Dolga et al. 2024) to both sides is the same function |
 | lightnet_both, flow_both | LightNet (Qin et al. 2024) and Flowformer (Wu et al. 2022), to both sides |
@@ -38,8 +38,8 @@ class Bidirectional(Recurrent):
         """
         if past is not None:
             raise UserError(
-                f"{type(self).__name__} sees later tokens, so that every new one changes what it gave before: it cannot "
-                "go on from a past. Give it whole documents, or take a causal mixer."
+                f"{type(self).__name__} sees later tokens, so that every new one changes what it gave before: it "
+                "cannot go on from a past. Give it whole documents, or take a causal mixer."
             )
         return super().__call__(x_BTE, tokens, k_tokens)
 
@@ -62,9 +62,8 @@ class StateSpace(Bidirectional):
 
     def per_value_head(self, name: str, initialise):
         """A parameter (1, 1, H)."""
-        return self.param(name, nn.with_logical_partitioning(initialise, ("heads",)), (self.heads,), jnp.float32)[
-            None, None
-        ]
+        initialise = nn.with_logical_partitioning(initialise, ("heads",))
+        return self.param(name, initialise, (self.heads,), jnp.float32)[None, None]
 
     def gate(self, x_BTE):
         return heads_and_groups(self, x_BTE, "gate", 0)[0]
