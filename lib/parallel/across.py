@@ -14,7 +14,7 @@ class Across:
 
     Attributes:
       attention: for softmax attention.
-      recurrence: for linear recurrences and short convolutions; None where a model has none.
+      recurrence: for linear recurrences and convolutions; None where a model has none.
     """
 
     attention: SequenceParallel
