@@ -34,6 +34,7 @@ from striate.lib.tokens import Tokens
 
 VISIBLE, UNTOLD = causal() & same("document"), NoPE()
 FORGET = -128.0  # a log-decay after which float32 has nothing left
+EPSILON = 1e-6
 
 
 def orthonormal(free_RD: jax.Array) -> jax.Array:
@@ -52,6 +53,7 @@ def orthogonal_memory(
     *,
     window: int,
     frequency: jax.Array | None = None,
+    normalise: bool = False,
     position: Position = UNTOLD,
     mask: Mask = VISIBLE,
     score: Score | None = None,
@@ -71,6 +73,8 @@ def orthogonal_memory(
       basis_KRD: orthonormal rows for each key/value head, at most head_dim, as `orthonormal` makes them.
       window: tokens of a window.
       frequency: radians a token, float32 (r,), of positions embedded in the memory, such as `frequencies(2 r)`.
+      normalise: scale h to a root mean square of sqrt(head_dim), so that rows are as long as tokens whose channels are
+        of size 1, and do not fade as means do.
       position: of queries and keys in the window.
       mask: what a token sees of its window.
       score: what becomes of a logit in the window.
@@ -95,6 +99,8 @@ def orthogonal_memory(
     near = attention(*turned, x_BSKD, mask=mask & same("chunk"), score=score, return_lse=True, **how)
     own_BTKD = x_BSKD[:, x_BSKD.shape[1] - q_BTHD.shape[1] :]
     h_BTKR, state = _means(own_BTKD, basis_KRD, window, frequency, tokens, initial_state, recurrence)
+    if normalise:
+        h_BTKR *= jnp.sqrt(q_BTHD.shape[3] / ((h_BTKR * h_BTKR).mean(-1, keepdims=True) + EPSILON))
     out, _ = merge(near, _read(q_BTHD, h_BTKR, basis_KRD, tokens.position >= window))
     return (out, state) if return_state else out
 

@@ -27,7 +27,7 @@ from striate.models.scores import parse as parse_score
 
 
 class OrthogonalMemory(nn.Module):
-    """`orthogonal_memory` with a learned basis, and positions in its memory where the layer has any.
+    """`orthogonal_memory` with a learned basis, normalised, and with positions in it where the layer has any.
 
     Keys, which are the values too, have no norm: a token makes itself heard in a mean by its length.
 
@@ -62,6 +62,7 @@ class OrthogonalMemory(nn.Module):
             x_BTKD if past is None else jnp.concatenate([past.attended.keys, x_BTKD], axis=1),
             orthonormal(free_KRD),
             window=self.window,
+            normalise=True,
             frequency=None if isinstance(self.position, NoPE) else frequencies(2 * rank),
             position=self.position,
             mask=self.mask,

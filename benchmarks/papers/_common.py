@@ -34,8 +34,13 @@ def small(task, *pattern: Layer, **sizes) -> DecoderConfig:
     return DecoderConfig(vocabulary=task.vocabulary, pattern=pattern, **{**usual, **sizes})
 
 
-def trained(config: DecoderConfig, task, *, steps: int = 600, rate: float = 3e-3, batch: int = 64, seed: int = 0):
-    """The parameters of a decoder after `steps` steps of Adam on the scored slots of fresh rows of a task."""
+def trained(
+    config: DecoderConfig, task, *, params=None, steps: int = 600, rate: float = 3e-3, batch: int = 64, seed: int = 0
+):
+    """The parameters of a decoder after `steps` steps of Adam on the scored slots of fresh rows of a task.
+
+    It goes on from `params`, where they are given.
+    """
     model = Decoder(config)
 
     def loss(params, key):
@@ -45,7 +50,8 @@ def trained(config: DecoderConfig, task, *, steps: int = 600, rate: float = 3e-3
 
     start, data = jax.random.split(jax.random.key(seed))
     inputs = jnp.zeros((1, task.length), jnp.int32)
-    params = nn.unbox(jax.jit(model.init)(start, inputs, Tokens.arange(1, task.length)))["params"]
+    if params is None:
+        params = nn.unbox(jax.jit(model.init)(start, inputs, Tokens.arange(1, task.length)))["params"]
     return fit(loss, params, steps, rate, data)
 
 

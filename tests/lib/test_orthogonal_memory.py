@@ -27,13 +27,13 @@ class Problem(NamedTuple):
     free: np.ndarray
     tokens: Tokens
 
-    def true(self, q, x, free, window, frequency):
+    def true(self, q, x, free, window, frequency, normalise=False):
         out, group = np.zeros(q.shape), q.shape[2] // x.shape[2]
         for b, h in np.ndindex(len(q), q.shape[2]):
             basis = oracle.orthonormal(free[h // group])
             for place in linear_variants.by_number(self.tokens.document[b]):
                 arrays = np.float64(q[b, place, h]), np.float64(x[b, place, h // group])
-                out[b, place, h] = oracle.orthogonal_memory(*arrays, basis, window, frequency)
+                out[b, place, h] = oracle.orthogonal_memory(*arrays, basis, window, frequency, normalise)
         return out
 
 
@@ -52,7 +52,10 @@ def problem(seed=0, batch=2, length=37, heads=4, kv_heads=2, width=6, rank=4) ->
     return Problem(*arrays, Tokens(position=position, document=document))
 
 
-@functools.partial(jax.jit, static_argnames=("window", "parallel", "recurrence", "return_state", "position"))
+STATIC = ("window", "normalise", "position", "return_state", "parallel", "recurrence")
+
+
+@functools.partial(jax.jit, static_argnames=STATIC)
 def attend(q, x, free, tokens, **how):
     return orthogonal_memory(q, x, orthonormal(free), tokens=tokens, **how)
 
@@ -68,6 +71,14 @@ def test_it_is_its_definition(window, frequency):
     out = attend(*given, window=window, frequency=frequency)
     true = given.true(*given[:3], window, frequency)
     np.testing.assert_allclose(seen(given, out), true, rtol=1e-5, atol=1e-5)
+
+
+def test_rows_of_a_normalised_memory_are_as_long_as_tokens():
+    given, how = problem(), {"window": 5, "frequency": FREQUENCY, "normalise": True}
+    true = given.true(*given[:3], **how)
+    np.testing.assert_allclose(seen(given, attend(*given, **how)), true, rtol=1e-5, atol=2e-5)
+    slopes = jax.grad(lambda given: (attend(*given, **how) ** 2).sum(), allow_int=True)(given)
+    assert all(np.isfinite(x).all() for x in slopes[:3])
 
 
 def test_a_window_of_everything_is_softmax_attention():

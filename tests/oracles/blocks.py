@@ -14,13 +14,14 @@ def orthonormal(free):
     return np.stack(rows)
 
 
-def orthogonal_memory(q, x, basis, window, frequency=None):
+def orthogonal_memory(q, x, basis, window, frequency=None, normalise=False):
     out, frequency = [], np.zeros(len(basis)) if frequency is None else np.float64(frequency)
     for t in range(len(q)):
         begin = t // window * window
         seen = [x[s] for s in range(begin, t + 1)]
         if begin:
             h = sum(np.cos(frequency * (t - s)) * (basis @ x[s]) for s in range(begin)) / begin
+            h = h * np.sqrt(len(q[t]) / (np.mean(h * h) + 1e-6)) if normalise else h
             seen += [h[row] * basis[row] for row in range(len(basis))]
         seen = np.stack(seen)
         out.append(softmax_over_time(seen @ q[t] * len(q[t]) ** -0.5) @ seen)
