@@ -120,4 +120,5 @@ class GatedMemory(Convolutional):
         local_BTE += weight(self, "taps_bias", (width,), ("embed",), 0.0)[None, None]
         bank = weight(self, "bank", (self.slots, width), (None, "embed"), (2 / (self.slots + width)) ** 0.5)
         gates = nn.sigmoid(self.affine("gates", x_BTE, (2, width), (None, "mlp")))
-        return gates[:, :, 0] * local_BTE + gates[:, :, 1] * read_bank(x_BTE, bank), Carried(None, tail)
+        read_BTE = read_bank(x_BTE, bank, chunk=1024 * (self.parallel.shards if self.parallel else 1))
+        return gates[:, :, 0] * local_BTE + gates[:, :, 1] * read_BTE, Carried(None, tail)
