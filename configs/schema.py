@@ -6,6 +6,7 @@ is a model of the next token.
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass, field
 
 from striate.lib.training.data import DataConfig
@@ -13,6 +14,8 @@ from striate.lib.training.loop import RunConfig
 from striate.lib.training.optimiser import OptimiserConfig
 from striate.lib.training.partition import MeshConfig
 from striate.models.decoder import DecoderConfig
+
+RELATIONS = {">=": operator.ge, "<=": operator.le}
 
 
 @dataclass(frozen=True)
@@ -38,3 +41,8 @@ class System:
     """The file of its tests, from the root of the repository."""
     asks: dict[str, tuple[str, float]] = field(default_factory=dict)
     """What its benchmark, benchmarks/papers/NAME.py, has to reach: {what is measured: (">=" or "<=", figure)}."""
+
+    def meets(self, what: str, reached: float) -> bool:
+        """Whether a figure is what was asked."""
+        relation, figure = self.asks[what]
+        return RELATIONS[relation](reached, figure)

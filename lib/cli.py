@@ -141,12 +141,18 @@ class Systems:
             system, reached = given["system"], measured.get(name, {})
             config = f"\nstriate train papers/{name}" if "experiment" in given else ""
             asks = [f"{what} {relation} {figure:g}" for what, (relation, figure) in system.asks.items()]
-            figures = [f"{reached[what]:g}" if what in reached else "not measured" for what in system.asks]
+            figures = [_figure(system, what, reached.get(what)) for what in system.asks]
             lines = zip_longest([f"{system.form}{config}"], asks, figures, fillvalue="")
             for index, (form, ask, figure) in enumerate(lines):
                 table.add_row(name if index == 0 else "", form, ask, figure)
             table.add_row("", "", "", "")
         Console(highlight=False).print(table)
+
+
+def _figure(system, what: str, reached: float | None) -> str:
+    if reached is None:
+        return "not measured"
+    return f"{reached:g}" if system.meets(what, reached) else f"{reached:g}, missed"
 
 
 COMMANDS = {

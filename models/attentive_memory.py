@@ -14,19 +14,17 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from striate.lib.attention import Parallel
 from striate.lib.decoding.cache import Both, Carried, KeyValues
 from striate.lib.frames import frame_attention
-from striate.lib.masks import Mask
 from striate.lib.orthogonal_memory import orthogonal_memory, orthonormal
 from striate.lib.parallel.state_scan import RecurrenceParallel
-from striate.lib.positions import NoPE, Position, frequencies
+from striate.lib.positions import NoPE, frequencies
 from striate.lib.tokens import Tokens
-from striate.models.layers import RMSNorm, heads_and_groups, queries_keys_values, rms_norm, weight
+from striate.models.layers import Attention, RMSNorm, heads_and_groups, queries_keys_values, rms_norm, weight
 from striate.models.scores import parse as parse_score
 
 
-class OrthogonalMemory(nn.Module):
+class OrthogonalMemory(Attention):
     """`orthogonal_memory` with a learned basis, normalised, and with positions in it where the layer has any.
 
     Keys, which are the values too, have no norm: a token makes itself heard in a mean by its length.
@@ -36,16 +34,6 @@ class OrthogonalMemory(nn.Module):
       rank: numbers that the memory of a head has; None is head_dim.
     """
 
-    heads: int
-    kv_heads: int
-    head_dim: int
-    mask: Mask
-    position: Position
-    score: str
-    out_deviation: float
-    dtype: str
-    implementation: str | None = None
-    parallel: Parallel | None = None
     recurrence: RecurrenceParallel | None = None
     window: int = 256
     rank: int | None = None
@@ -75,13 +63,11 @@ class OrthogonalMemory(nn.Module):
             parallel=self.parallel,
             recurrence=self.recurrence,
         )
-        shape = (self.heads, self.head_dim, x_BTE.shape[2])
-        out = weight(self, "out", shape, ("heads", "head_dim", "embed"), self.out_deviation)
         new = Both(KeyValues(x_BTKD, x_BTKD[..., :0]), Carried(state, None))
-        return jnp.einsum("bthd,hde->bte", out_BTHD, out), new
+        return self.output(out_BTHD, x_BTE.shape[2]), new
 
 
-class FrameAttention(nn.Module):
+class FrameAttention(Attention):
     """`frame_attention` of queries, keys and values of norm 1 over all heads, each head normed and gated after it.
 
     Attributes:
@@ -89,16 +75,6 @@ class FrameAttention(nn.Module):
       frame: tokens of a frame. What is decoded together are whole frames.
     """
 
-    heads: int
-    kv_heads: int
-    head_dim: int
-    mask: Mask
-    position: Position
-    score: str
-    out_deviation: float
-    dtype: str
-    implementation: str | None = None
-    parallel: Parallel | None = None
     recurrence: RecurrenceParallel | None = None
     frame: int = 64
 
@@ -124,10 +100,7 @@ class FrameAttention(nn.Module):
         )
         kernel = weight(self, "gate", (width, *q_BTHD.shape[2:]), ("embed", "heads", "head_dim"), width**-0.5)
         gate_BTHD = nn.silu(jnp.einsum("bte,ehd->bthd", x_BTE, kernel))
-        shape = (*q_BTHD.shape[2:], width)
-        out = weight(self, "out", shape, ("heads", "head_dim", "embed"), self.out_deviation)
-        out_BTE = jnp.einsum("bthd,hde->bte", RMSNorm(name="out_norm")(out_BTHD) * gate_BTHD, out)
-        return out_BTE, Carried(state, None)
+        return self.output(RMSNorm(name="out_norm")(out_BTHD) * gate_BTHD, width), Carried(state, None)
 
 
 def _unit(x_BTHD):

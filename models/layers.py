@@ -109,9 +109,14 @@ class Attention(nn.Module):
           (output (batch, length, width), the keys and values of `tokens`).
         """
         out_BTHD, new = self.mix(*queries_keys_values(self, x_BTE), tokens, k_tokens, past)
-        shape = (self.heads, self.head_dim, x_BTE.shape[2])
-        out = weight(self, "out", shape, ("heads", "head_dim", "embed"), self.out_deviation)
-        return jnp.einsum("bthd,hde->bte", out_BTHD, out), new
+        return self.output(out_BTHD, x_BTE.shape[2]), new
+
+    def output(self, out_BTHD, width: int):
+        """The projection back, (B, T, width)."""
+        out = weight(
+            self, "out", (self.heads, self.head_dim, width), ("heads", "head_dim", "embed"), self.out_deviation
+        )
+        return jnp.einsum("bthd,hde->bte", out_BTHD, out)
 
     def mix(self, q_BTHD, k_BTKD, v_BTKD, tokens: Tokens, k_tokens: Tokens, past):
         """(out (B, T, H, D), what to cache)."""

@@ -6,7 +6,6 @@ import argparse
 import functools
 import json
 import math
-import operator
 import runpy
 import time
 from collections.abc import Callable
@@ -24,7 +23,6 @@ from striate import Tokens
 from striate.models.decoder import Decoder, DecoderConfig, Layer
 
 ROOT = Path(__file__).resolve().parents[2]
-RELATIONS = {">=": operator.ge, "<=": operator.le}
 AT_ONCE = 25  # steps of training in one call
 
 
@@ -136,7 +134,7 @@ def report(file: str, measure: Callable[[], dict[str, float]]) -> None:
         raise SystemExit(f"{name} measured {sorted(reached)}, and its config asks for {sorted(system.asks)}.")
     table = Table("measured", "asked", "reached", title=system.paper, box=None, title_justify="left")
     for what, (relation, figure) in system.asks.items():
-        colour = "green" if RELATIONS[relation](reached[what], figure) else "red"
+        colour = "green" if system.meets(what, reached[what]) else "red"
         table.add_row(what, f"{relation} {figure:g}", f"[{colour}]{reached[what]:.4g}")
     Console(width=120).print(table)
     if arguments.json:

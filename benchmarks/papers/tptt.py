@@ -89,7 +89,8 @@ def conversion() -> dict[str, float]:
     models = {"softmax": (softmax, params)}
     models["adapters alone"] = config, adapted(config, text, begun, 0.0)
     models["converted"] = config, adapted(config, text, begun, 1.0)
-    fresh = rows(held_out, jnp.arange(0, len(held_out) - LENGTH, LENGTH)[:512])
+    # The first 512 are those by which rates, ranks and numbers of steps were chosen.
+    fresh = rows(held_out, jnp.arange(0, len(held_out) - LENGTH, LENGTH)[512:1536])
     return {name: float(jax.jit(loss, static_argnums=0)(*model, fresh)) for name, model in models.items()}
 
 
