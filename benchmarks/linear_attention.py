@@ -1,16 +1,17 @@
 """Linear attention on this machine's default device: what a token costs at any length, and where softmax costs more.
 
     striate bench linear-attention [--json FILE]
-    python benchmarks/linear_attention.py [--longest 262144] [--softmax 32768] [--rounds 3] [--png FILE]
+    python benchmarks/linear_attention.py [--longest 262144] [--softmax 32768] [--rounds 8] [--png FILE]
 
 Forward + backward, 4 heads of 64, float32, in the order of the table: the sum rule without a decay, with one a token
 and with one a channel, the delta rule, and, up to --softmax tokens, striate.attention under a causal mask in the same
-run. A row is a length; its cells are microseconds a token, the fastest of a few calls in each of some rounds over all
-lengths. The last lines give how flat the cost is, the length from which linear attention is the faster one, and how
-much faster it is at the longest that softmax was measured at.
+run. A row is a length; its cells are microseconds a token, of the fastest of some rounds over all lengths. Of each
+length a round takes as many calls as make --longest tokens: the fastest of many short calls would be compared with
+a long one, which no quiet moment of the machine holds. The last lines give how flat the cost is, the length from which
+linear attention is the faster one, and how much faster it is at the longest that softmax was measured at.
 
-Under Linux it starts itself again with GLIBC_TUNABLES=glibc.malloc.hugetlb=1. Arrays of more than 32 MB are mapped
-afresh in every call, and in pages of 4 KB that is 1.6 faults a token, a fifth of the time: what a token costs would
+Under Linux it starts itself again with ALLOCATOR, which says how glibc gets memory. Without, arrays of more than 32 MB
+are mapped afresh in every call, in pages of 4 KB: 1.6 faults a token, a fifth of the time. What a token costs would
 grow with the length, though not by what is computed. (Every program of long arrays on a CPU gains by it.)
 
 The limit is the time of the products of the chunks alone (2-linear: 2 (C (D + V) + 2 D V) forward and twice that and
@@ -39,6 +40,8 @@ from striate.lib import masks
 from striate.lib.attention import attention
 from striate.lib.linear_attention import CHUNK, linear_attention
 
+# In huge pages, and what was freed is kept: one arena, nothing mapped by itself, nothing given back.
+ALLOCATOR = "hugetlb=1 arena_max=1 mmap_max=0 trim_threshold=1099511627776"
 HEADS, WIDTH = 4, 64
 SHORTEST = 2048
 RULES = {"none": {}, "token": {}, "channel": {}, "delta": {"rule": "delta"}}
@@ -75,15 +78,14 @@ def program(name: str) -> Callable:
     return jax.jit(jax.grad(lambda x: (function(x) ** 2).sum()))
 
 
-def seconds(name: str, length: int) -> float:
-    """The fastest of calls that take a second together, and of two at least."""
-    x, run, taken = arrays(length), program(name), []
+def seconds(name: str, length: int, calls: int) -> float:
+    """Of a call, over so many of them."""
+    x, run = arrays(length), program(name)
     jax.block_until_ready(run(x))
-    while len(taken) < 2 or (sum(taken) < 1 and len(taken) < 20):
-        start = time.perf_counter()
+    start = time.perf_counter()
+    for _ in range(calls):
         jax.block_until_ready(run(x))
-        taken.append(time.perf_counter() - start)
-    return min(taken)
+    return (time.perf_counter() - start) / calls
 
 
 def limit(chunk: int) -> float:
@@ -108,7 +110,8 @@ def measure(arguments) -> list[dict[str, float]]:
     names = [(row, name) for row in rows for name in RULES]
     names += [(row, "softmax") for row in rows if row["length"] <= arguments.softmax]
     for row, name in track(names * arguments.rounds, "measuring", transient=True):
-        taken = seconds(name, row["length"]) / row["length"]
+        tokens = arguments.softmax if name == "softmax" else arguments.longest
+        taken = seconds(name, row["length"], tokens // row["length"]) / row["length"]
         row[name] = min(taken, row.get(name, taken))
     return rows
 
@@ -137,11 +140,11 @@ def main() -> None:
     parser.add_argument("--longest", type=int, default=262_144, help="tokens")
     parser.add_argument("--softmax", type=int, default=32_768, help="tokens, at most, of softmax attention")
     parser.add_argument("--json", type=Path, help="also write the figures here")
-    parser.add_argument("--rounds", type=int, default=3, help="over all lengths")
+    parser.add_argument("--rounds", type=int, default=8, help="over all lengths, 90 s each")
     parser.add_argument("--png", type=Path, help="also draw them here")
     arguments = parser.parse_args()
     if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
-        os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
+        os.environ["GLIBC_TUNABLES"] = ":".join(f"glibc.malloc.{setting}" for setting in ALLOCATOR.split())
         os.execv(sys.executable, [sys.executable, *sys.argv])
     console, rows = Console(width=120), measure(arguments)
     shown = Table("tokens", *RULES, "softmax, causal", title="microseconds a token, forward + backward", box=None)

@@ -1,9 +1,10 @@
-"""How mixers cross devices: Ring, AllGather, Ulysses and RingUlysses for softmax attention, and the choice of one;
-StateScan, ReorderedScan and ValueColumns for linear recurrences."""
+"""How mixers cross devices: Ring, AllGather, Ulysses and RingUlysses for softmax attention; StateScan, ReorderedScan
+and ValueColumns for linear recurrences; and the choice between them."""
 
 from striate.lib.parallel.across import Across
 from striate.lib.parallel.choose import HARDWARE, Hardware, choose
 from striate.lib.parallel.gather import AllGather
+from striate.lib.parallel.hybrid import Recurrent
 from striate.lib.parallel.ring import Ring
 from striate.lib.parallel.state_scan import ReorderedScan, StateScan, ValueColumns
 from striate.lib.parallel.ulysses import RingUlysses, Ulysses
@@ -13,6 +14,7 @@ __all__ = [
     "Across",
     "AllGather",
     "Hardware",
+    "Recurrent",
     "ReorderedScan",
     "Ring",
     "RingUlysses",

@@ -16,8 +16,10 @@ from striate.lib.layouts import Contiguous, Dealt, Layout, Striped, TileMap, Zig
 from striate.lib.layouts.balance import deal
 from striate.lib.layouts.work import by_shard, on_host
 from striate.lib.masks import Mask
+from striate.lib.parallel.across import Across
 from striate.lib.parallel.costs import GENERIC, HARDWARE, Costs, Hardware, Problem, Strategy, predict
 from striate.lib.parallel.gather import AllGather
+from striate.lib.parallel.hybrid import Crossing, Recurrent, crossings
 from striate.lib.parallel.ring import Ring
 from striate.lib.parallel.sharding import SequenceParallel
 from striate.lib.parallel.ulysses import RingUlysses, Ulysses
@@ -39,6 +41,7 @@ class Candidate:
       ideal: what the critical path of `costs` would be, if the live tiles of this layout were spread evenly.
       costs: None where the layout does not fit, or the heads do not divide.
       obstacle: why this cannot run, in a few words; empty where it can.
+      recurrences: how those of a hybrid model cross devices in this order, the fastest way; None where there are none.
     """
 
     order: str
@@ -47,11 +50,14 @@ class Candidate:
     ideal: float = math.nan
     costs: Costs | None = None
     obstacle: str = ""
+    recurrences: Crossing | None = None
 
     @property
     def seconds(self) -> float:
-        """Predicted; infinite where it cannot run."""
-        return math.inf if self.obstacle or not self.costs else self.costs.seconds
+        """Predicted, of a layer of attention and its recurrences; infinite where it cannot run."""
+        if self.obstacle or not self.costs:
+            return math.inf
+        return self.costs.seconds + (self.recurrences.seconds if self.recurrences else 0.0)
 
     @property
     def balance(self) -> float:
@@ -59,7 +65,8 @@ class Candidate:
         return self.ideal / self.costs.path if self.costs.path else 1.0
 
     def __str__(self) -> str:
-        return f"{self.strategy} in {self.order} order"
+        beside = f" and {self.recurrences}" if self.recurrences else ""
+        return f"{self.strategy}{beside} in {self.order} order"
 
 
 @dataclass(frozen=True)
@@ -68,12 +75,13 @@ class Choice:
 
     Attributes:
       candidates: simple layouts first, and for each of them simple strategies first.
-      parallel: to be passed to attention; a Strategy, to be made `on` a mesh, where only a number of shards was given.
+      parallel: to be passed to attention, or, with recurrences, to a model; a Strategy, to be made `on` a mesh, where
+        only a number of shards was given.
     """
 
     chosen: Candidate
     candidates: tuple[Candidate, ...]
-    parallel: SequenceParallel | Strategy
+    parallel: SequenceParallel | Across | Strategy
     hardware: Hardware
     tile: int
 
@@ -108,6 +116,7 @@ def choose(
     backward: bool = True,
     tile: int | None = None,
     hardware: Hardware = GENERIC,
+    recurrent: Recurrent | None = None,
     axis: str = "sequence",
     ring_axis: str = "ring",
     batch: tuple[str, ...] = ("data", "fsdp"),
@@ -125,6 +134,7 @@ def choose(
       backward: whether there is a backward pass.
       tile: of the kernel, in both directions; by default `kernel_tile` of a shard.
       hardware: see HARDWARE.
+      recurrent: the linear recurrences of a hybrid model, which cross one mesh axis in the same order of the tokens.
       axis, ring_axis, batch, heads_axis: names of mesh axes, as the strategies have them.
 
     Raises:
@@ -148,9 +158,10 @@ def choose(
     )
     problems, any_mesh = _by_formula(mask, whole, tensor), isinstance(mesh, int)
     strategies = _strategies(problems, any_mesh) if ring_axis not in sizes else [Strategy(RingUlysses, sizes[axis])]
-    candidates = tuple(_Comparison(problems, tokens, hardware).candidates(strategies))
+    recurrent = recurrent and replace(recurrent, heads=recurrent.heads // tensor)
+    candidates = tuple(_Comparison(problems, tokens, hardware, recurrent).candidates(strategies))
     chosen = _fastest(candidates, whole)
-    parallel = chosen.strategy if any_mesh else chosen.strategy.on(mesh, axis, ring_axis, batch, heads_axis)
+    parallel = chosen.strategy if any_mesh else _on(mesh, chosen, axis, ring_axis, batch, heads_axis)
     return Choice(chosen, candidates, parallel, hardware, whole.tile)
 
 
@@ -212,6 +223,7 @@ class _Comparison:
     problems: dict[Mask, Problem]
     tokens: Tokens
     hardware: Hardware
+    recurrent: Recurrent | None
 
     @property
     def _any(self) -> Problem:
@@ -260,7 +272,17 @@ class _Comparison:
             total = Costs.one_by_one([(costs[formula], part) for formula, part in parts.items()])
             fits = total.held <= self.hardware.memory
             obstacle = "" if fits else f"holds over {_bytes(self.hardware.memory)}"
-            yield Candidate(name, layout, strategy, ideal, total, obstacle)
+            across = self._across(layout, strategy)
+            if self.recurrent and not across:
+                obstacle = obstacle or "no way for recurrences"
+            yield Candidate(name, layout, strategy, ideal, total, obstacle, across)
+
+    def _across(self, layout: Layout, strategy: Strategy) -> Crossing | None:
+        """The fastest way for recurrences over the one mesh axis that they can cross."""
+        if not self.recurrent or strategy.kind is RingUlysses:
+            return None
+        ways = crossings(self.recurrent, self._any, layout, self.hardware)
+        return min(ways, key=lambda way: way.seconds, default=None)
 
     def _live(self, layout: Layout) -> dict[Mask, np.ndarray]:
         """Live tiles (query shard, key shard) a row, of every formula: natural tiles, where the layout keeps them."""
@@ -279,6 +301,13 @@ class _Comparison:
             return maps[0][1].live
         dtype = np.min_scalar_type(sum(heads * tiles.rows for heads, tiles in maps))
         return sum(heads * tiles.live.astype(dtype) for heads, tiles in maps)
+
+
+def _on(mesh: Mesh, chosen: Candidate, axis, ring_axis, batch, heads_axis) -> SequenceParallel | Across:
+    parallel = chosen.strategy.on(mesh, axis, ring_axis, batch, heads_axis)
+    if not chosen.recurrences:
+        return parallel
+    return Across(parallel, chosen.recurrences.on(mesh, chosen.layout, axis, batch, heads_axis))
 
 
 def _fastest(candidates: tuple[Candidate, ...], problem: Problem) -> Candidate:
@@ -307,7 +336,12 @@ def _reasons(choice: Choice) -> Iterator[str]:
         f"A device sends {_bytes(costs.sent[0])} forward and {_bytes(costs.sent[1])} backward, and holds "
         f"{_bytes(costs.held)} of keys, values and gradients."
     )
-    yield f"Predicted {_seconds(costs.seconds)} on {choice.hardware.name}."
+    if across := chosen.recurrences:
+        yield (
+            f"Recurrences cross by {across}: a device sends {_bytes(across.sent[0])} forward and "
+            f"{_bytes(across.sent[1])} backward, in {_seconds(across.seconds)} with what is computed."
+        )
+    yield f"Predicted {_seconds(chosen.seconds)} on {choice.hardware.name}."
     running = [candidate for candidate in choice.candidates if math.isfinite(candidate.seconds)]
     for title, same in (("strategy", "strategy"), ("layout", "order")):
         others = [candidate for candidate in running if getattr(candidate, same) != getattr(chosen, same)]
@@ -326,6 +360,8 @@ def _table(choice: Choice):
 
     title = f"tiles of {choice.tile} x {choice.tile}, {choice.hardware.name}"
     table = Table("", "layout", "strategy", title=title, box=None, padding=(0, 2, 0, 0))
+    if hybrid := choice.chosen.recurrences is not None:
+        table.add_column("recurrences")
     for name in ("path", "balance", "hops", "sent", "held", "time"):
         table.add_column(name, justify="right")
     table.add_column("")
@@ -334,7 +370,8 @@ def _table(choice: Choice):
         if c.costs:
             sizes = _bytes(sum(c.costs.sent)), _bytes(c.costs.held)
             cells = [f"{c.costs.path:.0f}", f"{c.balance:.3f}", str(c.costs.hops), *sizes, _seconds(c.seconds)]
-        table.add_row("*" if c is choice.chosen else "", c.order, str(c.strategy), *cells, c.obstacle)
+        beside = [str(c.recurrences or "")] if hybrid else []
+        table.add_row("*" if c is choice.chosen else "", c.order, str(c.strategy), *beside, *cells, c.obstacle)
     return table
 
 
