@@ -23,7 +23,8 @@ from striate.lib.tokens import Tokens
 from striate.pallas_kernels.tpu.chips import target
 
 IMPLEMENTATIONS = ("reference", "xla", "pallas_tpu", "pallas_tpu_fused", "pallas_gpu")
-IMPLEMENTATIONS += ("pallas_tpu_interpret", "pallas_tpu_fused_interpret")  # the programs of the kernels, on any device
+# The programs of the kernels, on any device.
+IMPLEMENTATIONS += ("pallas_tpu_interpret", "pallas_tpu_fused_interpret", "pallas_gpu_interpret")
 
 
 class Parallel(Protocol):
@@ -309,7 +310,9 @@ def _reason_against(name: str, parallel, dtype, chip: str | None) -> str | None:
     if name not in IMPLEMENTATIONS:
         raise UserError(f"implementation {name!r} is not known; there are {', '.join(map(repr, IMPLEMENTATIONS))}.")
     if name == "pallas_gpu":
-        return "has no kernel yet"
+        return "has run on no GPU yet, only step by step ('pallas_gpu_interpret'), and is not to be trusted"
+    if name == "pallas_gpu_interpret" and jax.version.__version_info__ < (0, 12):
+        return f"needs the interpreter of jax 0.12, and this is {jax.__version__}"
     if "fused" in name and not getattr(parallel, "rings", False):
         return "is for parallel=Ring(...)"
     if name == "reference" and parallel is not None:
@@ -330,6 +333,10 @@ def _tiled(name: str) -> type[Tiled]:
         from striate.pallas_kernels.tpu.ring import Fused, FusedInterpreted
 
         return FusedInterpreted if name.endswith("interpret") else Fused
+    if "gpu" in name:
+        from striate.pallas_kernels.gpu.attention import Interpreted, Kernel
+
+        return Interpreted if name == "pallas_gpu_interpret" else Kernel
     from striate.pallas_kernels.tpu.attention import Interpreted, Kernel
 
     return Interpreted if name == "pallas_tpu_interpret" else Kernel

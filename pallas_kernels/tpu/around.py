@@ -10,8 +10,8 @@ import jax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from striate.pallas_kernels.common import like
 from striate.pallas_kernels.tpu.chips import vmem
-from striate.pallas_kernels.tpu.parts import like
 from striate.pallas_kernels.tpu.steps import LONGEST, live_steps
 
 

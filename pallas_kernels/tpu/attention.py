@@ -17,11 +17,12 @@ import jax.numpy as jnp
 from jax.custom_batching import sequential_vmap
 
 from striate.lib.tiles import Partial, Tiled, block_length, zeros
+from striate.pallas_kernels.common import LN2, LOG2E, flatten, stacked
 from striate.pallas_kernels.tpu import backward, forward
 from striate.pallas_kernels.tpu.blocks import blocks
 from striate.pallas_kernels.tpu.chips import LANES
 from striate.pallas_kernels.tpu.decode import Decode
-from striate.pallas_kernels.tpu.parts import LN2, LOG2E, scaled
+from striate.pallas_kernels.tpu.parts import scaled
 from striate.pallas_kernels.tpu.steps import live_steps, over_segments, quarters
 
 
@@ -64,7 +65,7 @@ class Kernel(Tiled):
 
     def _over_rows(self, function, score, q, k, v, query_fields, key_fields, results):
         steps = live_steps(quarters(self, query_fields, key_fields))
-        names, query_fields, key_fields = self._fields(score, query_fields, key_fields)
+        names, query_fields, key_fields = stacked(self.mask, score, query_fields, key_fields)
         flat, kernel = flatten(q), one_at_a_time(function, self, names)
 
         def call(row, code, count, results):
@@ -88,7 +89,7 @@ class Kernel(Tiled):
 
     def _backward(self, score, q, k, v, d_out, lse, delta, query_fields, key_fields, sums, dtype):
         steps = live_steps(quarters(self, query_fields, key_fields, transposed=True))
-        names, query_fields, key_fields = self._fields(score, query_fields, key_fields)
+        names, query_fields, key_fields = stacked(self.mask, score, query_fields, key_fields)
         (dq, d_score), rows = sums, self._rows(q, d_out, lse, delta)
         carry = flatten(dq), zeros(k.shape, q).astype(dtype), zeros(v.shape, q).astype(dtype), d_score
 
@@ -105,17 +106,6 @@ class Kernel(Tiled):
         lse = LOG2E * jnp.where(jnp.isfinite(lse), lse, 0.0)
         return flatten(q), flatten(d_out), flatten(lse)[:, :, None], flatten(delta)[:, :, None]
 
-    def _fields(self, score, query_fields, key_fields):
-        """(names of the fields that the kernels read, queries' (B, names, T), keys' (B, names, S))."""
-        names = sorted(self.mask.fields | score.reads) or ["position"]
-
-        def stack(fields):
-            # A field that only the other side reads is there as zeros.
-            position = fields["position"]
-            return jnp.stack([fields.get(name, jnp.zeros_like(position)) for name in names], axis=1)
-
-        return names, stack(query_fields), stack(key_fields)
-
 
 class Interpreted(Kernel):
     """The same, step by step on any device."""
@@ -127,8 +117,3 @@ def one_at_a_time(function, *static):
     """The function of the arrays, for jax.vmap as well."""
     # Pallas would add an axis to the grid, and leave what a kernel reads from HBM by itself as it was.
     return sequential_vmap(functools.partial(function, *static))
-
-
-def flatten(x_BKG):
-    """(B, K, G, ...) as (B, H, ...)."""
-    return x_BKG.reshape(x_BKG.shape[0], -1, *x_BKG.shape[3:])

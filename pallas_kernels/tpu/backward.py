@@ -22,23 +22,20 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from striate.lib.tiles import Tiled, zeros
+from striate.pallas_kernels.common import LN2, is_plain, like, scored
 from striate.pallas_kernels.tpu.blocks import blocks
 from striate.pallas_kernels.tpu.chips import LANES
 from striate.pallas_kernels.tpu.gathered import Gathered
 from striate.pallas_kernels.tpu.parts import (
-    LN2,
     NN,
     NT,
     TN,
     column,
     compiler_params,
     in_parts,
-    is_plain,
-    like,
     of_parameters,
     parameters,
     product,
-    scored,
     spread,
 )
 from striate.pallas_kernels.tpu.steps import COLUMN, FIRST, LAST, bodies

@@ -29,20 +29,9 @@ from jax.experimental.pallas import tpu as pltpu
 
 from striate.lib.masks import ALL, MIXED, NONE, key, same
 from striate.lib.tiles import INSIDE, Partial, Tiled, block_length, natural
+from striate.pallas_kernels.common import LN2, is_plain, like, scored
 from striate.pallas_kernels.tpu.chips import LANES
-from striate.pallas_kernels.tpu.parts import (
-    LN2,
-    NN,
-    NT,
-    compiler_params,
-    in_turn,
-    is_plain,
-    like,
-    product,
-    scaled,
-    scored,
-    spread,
-)
+from striate.pallas_kernels.tpu.parts import NN, NT, compiler_params, in_turn, product, scaled, spread
 from striate.pallas_kernels.tpu.steps import COLUMN, FIRST, LIVE, MASKED, live_steps, over_segments
 
 QUERIES, ROWS = 16, 1024  # no more queries, nor rows of all heads, than that

@@ -21,22 +21,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from striate.lib.tiles import LOWEST, Tiled
+from striate.pallas_kernels.common import LN2, is_plain, like, scored
 from striate.pallas_kernels.tpu.blocks import blocks
 from striate.pallas_kernels.tpu.chips import LANES
-from striate.pallas_kernels.tpu.parts import (
-    LN2,
-    NN,
-    NT,
-    column,
-    compiler_params,
-    in_parts,
-    is_plain,
-    like,
-    parameters,
-    product,
-    scored,
-    spread,
-)
+from striate.pallas_kernels.tpu.parts import NN, NT, column, compiler_params, in_parts, parameters, product, spread
 from striate.pallas_kernels.tpu.steps import COLUMN, FIRST, LAST, bodies
 
 

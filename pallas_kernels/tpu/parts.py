@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import math
-
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from striate.lib.scores import Composed, Score
+from striate.lib.scores import Score
+from striate.pallas_kernels.common import LOG2E, is_plain
 from striate.pallas_kernels.tpu.blocks import Parts
 from striate.pallas_kernels.tpu.chips import vmem
 
-LOG2E, LN2 = math.log2(math.e), math.log(2.0)
 NT, NN, TN = (((1,), (1,)), ((), ())), (((1,), (0,)), ((), ())), (((0,), (0,)), ((), ()))
 
 
@@ -46,12 +44,6 @@ def scaled(score: Score, scale: float, q: jax.Array) -> jax.Array:
     return (scale * LOG2E * q.astype(jnp.float32)).astype(q.dtype) if is_plain(score) else q
 
 
-def scored(score: Score, s, query, key):
-    """(t in powers of two, w) for logits."""
-    t, weight = score.tile(s, query, key)
-    return LOG2E * t, weight
-
-
 def parameters(score: Score, heads: int, index):
     """(a score's parameters as (H, 1, n) arrays, their blocks of one head, what makes the score of such blocks)."""
     leaves, tree = jax.tree.flatten(score)
@@ -72,13 +64,6 @@ def of_parameters(score: Score, shares):
     return tree.unflatten(summed)
 
 
-def is_plain(score: Score) -> bool:
-    """Whether a score leaves the logits of a tile as they are."""
-    return (type(score).tile is Score.tile and type(score).logit is Score.logit) or (
-        isinstance(score, Composed) and all(map(is_plain, score.parts))
-    )
-
-
 def column(row_1N, lanes: int):
     """(1, n) as (n, lanes), every lane the same."""
     return jnp.broadcast_to(row_1N, (lanes, row_1N.shape[1])).T
@@ -96,8 +81,3 @@ def product(a, b, dimensions):
 
 def compiler_params(*semantics: str):
     return pltpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=vmem())
-
-
-def like(x: jax.Array) -> jax.ShapeDtypeStruct:
-    """An output of the shape of an input, which varies over the mesh axes over which that does."""
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, manual_axis_type=jax.typeof(x).manual_axis_type)

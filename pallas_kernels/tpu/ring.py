@@ -22,8 +22,9 @@ import jax.extend
 from jax.experimental.pallas import tpu as pltpu
 
 from striate.lib.tiles import Partial
+from striate.pallas_kernels.common import flatten, stacked
 from striate.pallas_kernels.tpu.around import Lists
-from striate.pallas_kernels.tpu.attention import Kernel, flatten, one_at_a_time
+from striate.pallas_kernels.tpu.attention import Kernel, one_at_a_time
 from striate.pallas_kernels.tpu.chips import cores
 from striate.pallas_kernels.tpu.ring_backward import backward
 from striate.pallas_kernels.tpu.ring_forward import forward
@@ -58,8 +59,8 @@ class Fused(Kernel):
         """(the lists of the steps, names of the fields, those of queries, of the keys at each step)."""
         key_fields = jax.tree.map(route.passing, key_fields)
         lists = Lists.of(jax.vmap(lambda keys: quarters(self, query_fields, keys, transposed))(key_fields))
-        names, query_fields, _ = self._fields(score, query_fields, jax.tree.map(lambda x: x[0], key_fields))
-        return lists, names, (query_fields, jax.vmap(lambda keys: self._fields(score, keys, keys)[2])(key_fields))
+        names, query_fields, _ = stacked(self.mask, score, query_fields, jax.tree.map(lambda x: x[0], key_fields))
+        return lists, names, (query_fields, jax.vmap(lambda keys: stacked(self.mask, score, keys, keys)[2])(key_fields))
 
     def traced(self, call):
         return call

@@ -121,13 +121,17 @@ def _solve(mask, implementation, parallel, tile, score, q, k, v, q_tokens, k_tok
 def small_tiles(implementation: str, longest: int):
     """While this is entered, an implementation cuts lengths into tiles no longer than that."""
 
+    tiled = attention._tiled(implementation)
+
     def cut(length: int) -> int:
+        if "gpu" in implementation:  # two warpgroups share the rows of a tile, eight of them at least
+            return block_length(length, max(longest, 32), 16)
         return length if length <= longest else block_length(length, longest, 8)
 
     def choose_tile(cls, mask, q, k):
         return cut(q.shape[1]), cut(k.shape[1])
 
-    return mock.patch.object(attention._tiled(implementation), "choose_tile", classmethod(choose_tile))
+    return mock.patch.object(tiled, "choose_tile", classmethod(choose_tile))
 
 
 def visible(mask: masks.Mask, problem: Problem) -> np.ndarray:

@@ -1,0 +1,1 @@
+"""Pallas kernels for GPUs of the Hopper generation, on Mosaic GPU."""

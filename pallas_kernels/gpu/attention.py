@@ -1,0 +1,121 @@
+"""Exact attention on a GPU of the Hopper generation: both passes as kernels over lists of live blocks.
+
+The algebra is that of lib/blockwise.py, in powers of two. Products take 16-bit numbers and give float32; widths are
+filled up to whole rows of shared memory, lengths to whole blocks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from striate.lib.tiles import Partial, Tiled, zeros
+from striate.pallas_kernels.common import LN2, LOG2E, flatten, is_plain, stacked
+from striate.pallas_kernels.gpu import backward, forward
+from striate.pallas_kernels.gpu.parts import TILE, Language
+from striate.pallas_kernels.gpu.rows import live_rows
+
+LANES = 64  # numbers of 16 bits in a row of shared memory
+WIDEST = 256  # of a product of matrices; and of head_dim and value width together, where one kernel gathers dk and dv
+
+
+@dataclass(frozen=True)
+class Kernel(Tiled):
+    """Attention by the kernels of forward.py and backward.py."""
+
+    interpret: ClassVar[Any] = False
+    unit: ClassVar[float] = LN2
+
+    @classmethod
+    def choose_tile(cls, mask, q_BTHD, k_BSKD):
+        return TILE, TILE
+
+    def forward(self, score, q, k, v, query_fields, key_fields, partial):
+        maximum, total, weighted = map(flatten, partial)
+        arrays = _wide(flatten(q)), _wide(k), _wide(v)
+        scratch, k_tile = forward.Scratch.of(arrays[0], arrays[2], self.tile)
+        language = self._language((self.tile[0], k_tile), score, arrays[0].shape[1], query_fields, key_fields)
+        carry = maximum, total, _wide(weighted)
+        *row, weighted = forward.forward(language, scratch, self.interpret, *arrays, carry)
+        done = *row, weighted[..., : v.shape[-1]]
+        return Partial(*(x.reshape(like.shape) for x, like in zip(done, partial, strict=True)))
+
+    def attend(self, score, q, k, v, query_fields, key_fields):
+        if not score.normalised:
+            return super().attend(score, q, k, v, query_fields, key_fields)
+        arrays = _wide(flatten(q)), _wide(k), _wide(v)
+        scratch, k_tile = forward.Scratch.of(arrays[0], arrays[2], self.tile)
+        language = self._language((self.tile[0], k_tile), score, arrays[0].shape[1], query_fields, key_fields)
+        out, lse = forward.attend(language, scratch, self.interpret, *arrays)
+        return out[..., : v.shape[-1]].reshape(*q.shape[:-1], v.shape[-1]), lse.reshape(q.shape[:-1])
+
+    def empty_sums(self, score, q):
+        return zeros(q.shape, q), jax.tree.map(lambda x: zeros(x.shape, q), score)
+
+    def finish_dq(self, sum_of_dq, q):
+        return sum_of_dq
+
+    def backward(self, score, q, k, v, d_out, lse, delta, query_fields, key_fields, sums):
+        arrays = score, q, k, v, d_out, lse, delta, query_fields, key_fields
+        d_score, dq, dk, dv = self.gradients(*arrays, jnp.float32)
+        return jax.tree.map(jnp.add, sums, (dq, d_score)), dk, dv
+
+    def gradients(self, score, q, k, v, d_out, lse, delta, query_fields, key_fields, dtype):
+        # A row that sees nothing has lse = -inf; its logits are all -inf, and exp(-inf - 0) = 0 is what is meant.
+        lse = LOG2E * jnp.where(jnp.isfinite(lse), lse, 0.0)
+        rows = _wide(flatten(d_out.astype(q.dtype))), flatten(lse), flatten(delta)
+        given = backward.Given(_wide(flatten(q)), _wide(k), _wide(v), *rows)
+        heads, (q_tile, k_tile) = given.q.shape[1], self.tile
+        scratch, columns = backward.Scratch.of(given.q, given.v, q_tile, k_tile)
+        language = self._language((q_tile, columns), score, heads, query_fields, key_fields)
+        dq, *shares = backward.of_queries(language, scratch, self.interpret, given, dtype)
+        scratch, columns = backward.Scratch.of(given.q, given.v, k_tile, q_tile)
+        language = self._language((columns, k_tile), score, heads, query_fields, key_fields, transposed=True)
+        both = [("dk", "dv")] if given.k.shape[-1] + given.v.shape[-1] <= WIDEST else [("dk",), ("dv",)]
+        parts = (backward.of_keys(language, scratch, self.interpret, given, wanted, dtype) for wanted in both)
+        dk, dv = (x for part in parts for x in part)
+        leaves, tree = jax.tree.flatten(score)
+        if shares:
+            d_leaves = [x.sum((0, 2)) if leaf.ndim else x.sum() for x, leaf in zip(shares, leaves, strict=True)]
+        else:
+            d_leaves = [jnp.zeros_like(leaf) for leaf in leaves]
+        dq = dq[..., : q.shape[-1]].reshape(q.shape)
+        return tree.unflatten(d_leaves), dq, dk[..., : k.shape[-1]], dv[..., : v.shape[-1]]
+
+    def _language(self, tile, score, heads: int, query_fields, key_fields, transposed: bool = False) -> Language:
+        leaves, tree = jax.tree.flatten(score)
+        if tables := [leaf.shape for leaf in leaves if leaf.ndim > 1]:
+            raise NotImplementedError(
+                f"'pallas_gpu' takes scores whose parameters are numbers, for all heads or for each, and this one has "
+                f"tables {tables}: use implementation='xla'."
+            )
+        verdict = dataclasses.replace(self, tile=tile).verdicts(query_fields, key_fields)
+        table = live_rows(verdict.swapaxes(1, 2) if transposed else verdict)
+        names, *fields = stacked(self.mask, score, query_fields, key_fields)
+        parameters = [] if is_plain(score) else [jnp.broadcast_to(leaf, (heads,)) for leaf in leaves]
+        return Language(self.mask, self.scale, names, tree, is_plain(score), score.reads, (table, *fields, *parameters))
+
+
+class Interpreted(Kernel):
+    """The same, step by step on any device."""
+
+    @property
+    def interpret(self):
+        from jax.experimental.pallas import mosaic_gpu as plgpu
+
+        return plgpu.InterpretGPUParams()
+
+
+def _wide(x):
+    """The last axis filled up to whole rows of shared memory."""
+    if x.shape[-1] > WIDEST:
+        raise NotImplementedError(
+            f"'pallas_gpu' takes a head_dim and a width of values up to {WIDEST}, and here is {x.shape[-1]}: use "
+            "implementation='xla'."
+        )
+    missing = -x.shape[-1] % LANES
+    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, missing)]) if missing else x

@@ -1,0 +1,211 @@
+"""The forward pass of exact attention on a GPU of the Hopper generation.
+
+A thread block has a row of blocks: 128 queries, 64 for each of two warpgroups that compute, and goes through the blocks
+of keys that the mask leaves it. A third warpgroup copies these to shared memory, some blocks ahead. For each of them
+
+    S = Q K^T     m' = max(m, c rowmax S)     P = 2^(c S - m')
+    l' = l 2^(m - m') + rowsum P              acc' = acc 2^(m - m') + P V
+
+with c = scale log2(e). The two that compute take turns, so that the exponentials of one are computed while the matrix
+unit has the products of the other. `forward` takes carries (m, l, acc) and gives them back, in float32; `attend` starts
+from nothing and gives out and lse.
+
+Source: Shah et al. 2024 (FlashAttention-3), section 3.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from striate.lib.tiles import LOWEST
+from striate.pallas_kernels.common import LN2
+from striate.pallas_kernels.gpu.parts import (
+    ACROSS,
+    CONSUMERS,
+    FEWEST_REGISTERS,
+    MOST_REGISTERS,
+    Language,
+    Products,
+    filled,
+    keep,
+    load,
+    over_columns,
+    passing_length,
+    stages,
+    store,
+    tiled,
+    transposed,
+)
+from striate.pallas_kernels.gpu.rows import COLUMNS, LIVE, ROW, WHOLE
+
+
+class Scratch(NamedTuple):
+    """Shared memory of a thread block."""
+
+    q: plgpu.SMEM  # (CONSUMERS, share, D)
+    out: plgpu.SMEM | None  # (CONSUMERS, share, V); None where it has the place of q
+    k: plgpu.SMEM  # (stages, k_tile, D)
+    v: plgpu.SMEM  # (stages, k_tile, V)
+    lse: plgpu.SMEM  # (CONSUMERS, share)
+    q_there: plgpu.Barrier
+    k_there: plgpu.Barrier
+    v_there: plgpu.Barrier
+    k_free: plgpu.Barrier
+    v_free: plgpu.Barrier
+    turn: plgpu.Barrier
+
+    @classmethod
+    def of(cls, q, v, tile: tuple[int, int]) -> tuple[Scratch, int]:
+        """And the keys of a block, k_tile."""
+        width, value_width, dtype = q.shape[3], v.shape[3], q.dtype
+        a_key, apart = (width + value_width) * dtype.itemsize, width != value_width
+        share, staying = tile[0] // CONSUMERS, tile[0] * (4 + (a_key if apart else width * dtype.itemsize))
+        k_tile = passing_length(tile[1], 128, staying, a_key)
+        ahead = stages(staying, k_tile * a_key)
+        there, free = plgpu.Barrier(num_barriers=ahead), plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=ahead)
+        scratch = cls(
+            tiled(CONSUMERS, share, width, dtype=dtype),
+            tiled(CONSUMERS, share, value_width, dtype=dtype) if apart else None,
+            tiled(ahead, k_tile, width, dtype=dtype),
+            tiled(ahead, k_tile, value_width, dtype=dtype),
+            plgpu.SMEM((CONSUMERS, share), jnp.float32),
+            plgpu.Barrier(num_barriers=CONSUMERS),
+            there,
+            there,
+            free,
+            free,
+            plgpu.Barrier(num_arrivals=CONSUMERS),
+        )
+        return scratch, k_tile
+
+
+def forward(language: Language, scratch: Scratch, interpret, q, k, v, carry):
+    """(m (B, H, T), l (B, H, T), acc (B, H, T, V)) with what the rows listed add to them."""
+    results = [jax.ShapeDtypeStruct(x.shape, jnp.float32) for x in carry]
+    return _call(language, scratch, interpret, (q, k, v), carry, results)
+
+
+def attend(language: Language, scratch: Scratch, interpret, q, k, v):
+    """(out (B, H, T, V), lse (B, H, T))."""
+    out = jax.ShapeDtypeStruct((*q.shape[:3], v.shape[3]), v.dtype)
+    return _call(language, scratch, interpret, (q, k, v), (), [out, jax.ShapeDtypeStruct(q.shape[:3], jnp.float32)])
+
+
+def _call(language, scratch, interpret, arrays, carry, results):
+    return plgpu.kernel(
+        functools.partial(_row_of_blocks, language, Products(bool(interpret)), bool(carry)),
+        out_type=results,
+        grid=(language.table.shape[0], arrays[0].shape[1]),
+        grid_names=("row", "head"),
+        num_threads=CONSUMERS + 1,
+        thread_name="warpgroup",
+        scratch_types=[scratch],
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        interpret=interpret,
+    )(*language.arrays, *arrays, *carry)
+
+
+def _row_of_blocks(language: Language, products: Products, resume: bool, *refs):
+    count = len(language.arrays)
+    language, (q, k, v, *others, scratch) = language._replace(arrays=refs[:count]), refs[count:]
+    carry, results = (others[:3], others[3:]) if resume else ((), others)
+    place, head, warpgroup = (lax.axis_index(name) for name in ("row", "head", "warpgroup"))
+    row, share = language.table[place, ROW], scratch.q.shape[1]
+    per_row = q.shape[2] // (CONSUMERS * share)
+    batch, first = lax.div(row, per_row), lax.rem(row, per_row) * CONSUMERS * share
+
+    @pl.when(warpgroup == CONSUMERS)
+    def _():
+        plgpu.set_max_registers(FEWEST_REGISTERS, action="decrease")
+        _copy_blocks(language.table, place, batch, lax.div(head, q.shape[1] // k.shape[1]), k, v, scratch)
+
+    @pl.when(warpgroup < CONSUMERS)
+    def _():
+        plgpu.set_max_registers(MOST_REGISTERS, action="increase")
+        mine = batch, head, pl.ds(first + warpgroup * share, share)
+        sums = _gather(language, products, place, mine, warpgroup, q, carry, scratch)
+        if resume:
+            for ref, x in zip(results, sums, strict=True):
+                store(x, ref.at[mine])
+        else:
+            _finish(sums, mine, warpgroup, scratch, *results)
+
+
+def _copy_blocks(table, place, batch, kv_head, k, v, scratch: Scratch):
+    ahead, k_tile = scratch.k.shape[:2]
+
+    @pl.loop(0, table[place, LIVE])
+    def _(i):
+        slot = lax.rem(i, ahead)
+        keys = batch, kv_head, pl.ds(table[place, COLUMNS + i] * k_tile, k_tile)
+        for ref, into, there, free in (
+            (k, scratch.k, scratch.k_there, scratch.k_free),
+            (v, scratch.v, scratch.v_there, scratch.v_free),
+        ):
+            pl.when(i >= ahead)(functools.partial(plgpu.barrier_wait, free.at[slot]))
+            plgpu.copy_gmem_to_smem(ref.at[keys], into.at[slot], there.at[slot])
+
+
+def _gather(language: Language, products: Products, place, mine, warpgroup, q, carry, scratch: Scratch):
+    """(m, l, acc) of the rows of one warpgroup after all blocks."""
+    table, (batch, _, rows), parameters = language.table, mine, language.parameters(mine[1])
+    (ahead, k_tile, value_width), factor = scratch.v.shape, language.factor
+    q_block = scratch.q.at[warpgroup]
+    plgpu.copy_gmem_to_smem(q.at[mine], q_block, scratch.q_there.at[warpgroup])
+    plgpu.barrier_wait(scratch.q_there.at[warpgroup])
+
+    def meet():
+        plgpu.barrier_arrive(scratch.turn)
+        plgpu.barrier_wait(scratch.turn)
+
+    def step(masked, i, sums):
+        maximum, total, weighted = sums
+        slot = lax.rem(i, ahead)
+        plgpu.barrier_wait(scratch.k_there.at[slot])
+        s = products.fresh(q_block, transposed(scratch.k.at[slot]), meet)
+        plgpu.barrier_arrive(scratch.k_free.at[slot])
+        starts = rows.start, table[place, COLUMNS + i] * k_tile
+        s, weight = language.logits(s, parameters, *language.beside(batch, starts, s.shape, masked), masked)
+        greatest = jnp.maximum(maximum, factor * s.max(axis=1))
+        decay = jnp.exp2(maximum - greatest)
+        p = jnp.exp2(factor * s - over_columns(greatest, k_tile))
+        total = total * decay + p.sum(axis=1)
+        weighted = weighted * over_columns(decay, value_width)
+        p = (p if weight is None else p * weight).astype(scratch.v.dtype)
+        plgpu.barrier_arrive(scratch.turn)
+        plgpu.barrier_wait(scratch.v_there.at[slot])
+        plgpu.barrier_wait(scratch.turn)
+        weighted = products.added(weighted, p, scratch.v.at[slot])
+        plgpu.barrier_arrive(scratch.v_free.at[slot])
+        return greatest, total, weighted
+
+    layouts = ACROSS, ACROSS, plgpu.Layout.WGMMA
+    if carry:
+        sums = tuple(load(ref.at[mine], layout) for ref, layout in zip(carry, layouts, strict=True))
+    else:
+        shapes, values = [(rows.size,), (rows.size,), (rows.size, value_width)], (LOWEST, 0.0, 0.0)
+        sums = tuple(map(filled, shapes, values, layouts))
+    # One warpgroup meets once before, the other once after: each multiplies while the other has its exponentials.
+    pl.when(warpgroup == 1)(meet)
+    whole, live = table[place, WHOLE], table[place, LIVE]
+    sums = lax.fori_loop(0, whole, functools.partial(step, False), sums)
+    sums = lax.fori_loop(whole, live, functools.partial(step, True), sums)
+    pl.when(warpgroup == 0)(meet)
+    return sums
+
+
+def _finish(sums, mine, warpgroup, scratch: Scratch, out, lse):
+    maximum, total, weighted = sums
+    seen, width = total > 0, weighted.shape[1]
+    total = jnp.where(seen, total, 1.0)
+    out_block = (scratch.q if scratch.out is None else scratch.out).at[warpgroup]
+    keep(weighted / over_columns(total, width), out.at[mine], out_block)
+    keep(jnp.where(seen, LN2 * maximum + jnp.log(total), -jnp.inf), lse.at[mine], scratch.lse.at[warpgroup])
+    plgpu.wait_smem_to_gmem(0)

@@ -1,0 +1,115 @@
+"""The GPU kernels, step by step on this machine: the suite of every attention, widths of their own, carries."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import striate
+from oracles import scores as score_oracle
+from striate import Tokens, masks, scores
+from striate.lib.blockwise import Blockwise
+from striate.lib.tiles import Partial
+from striate.pallas_kernels.gpu.attention import Interpreted
+from suites import attention as suite
+from suites.attention import RULE, System, check_bound, check_score, random_problem, visible
+
+pytestmark = pytest.mark.skipif(jax.version.__version_info__ < (0, 12), reason="the interpreter came with jax 0.12")
+
+INTERPRETED = "pallas_gpu_interpret"
+KERNEL = System(INTERPRETED)
+CASES = [
+    case
+    for case in score_oracle.all_cases(np.random.default_rng(0), 2)
+    if all(leaf.ndim < 2 for leaf in jax.tree.leaves(case.score))
+]
+
+
+# A thread block takes the interpreter a tenth of a second: minutes for all of the suite.
+@pytest.mark.slow
+@pytest.mark.parametrize("system", [KERNEL], ids=str)
+class TestKernel(suite.AttentionSuite):
+    def problem(self, system, seed=0, **shape):
+        return super().problem(system, seed, **({"heads": 2, "kv_heads": 1} | shape))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_results_and_gradients_obey_the_bound(dtype):
+    problem = TestKernel().problem(KERNEL, dtype=dtype)
+    check_bound(KERNEL, RULE, jax.tree.map(lambda x: x[:2], problem))
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_scores(case):
+    rng = np.random.default_rng(1)
+    tokens = suite.formulas.random_tokens(rng, batch=1, length=60)
+    problem = random_problem(rng, tokens, heads=2, kv_heads=1)
+    check_score(KERNEL, RULE, case, problem, visible(RULE, problem))
+
+
+@pytest.mark.parametrize(("width", "value_width"), [(64, 64), (80, 96), (192, 128), (128, 256)])
+def test_widths(width, value_width):
+    rng = np.random.default_rng(width)
+    problem = random_problem(
+        rng, Tokens.arange(1, 100), heads=2, kv_heads=1, width=width, value_width=value_width, dtype="bfloat16"
+    )
+    check_bound(KERNEL, masks.causal(), problem, tile=64)
+
+
+def test_queries_and_keys_of_different_lengths():
+    rng = np.random.default_rng(5)
+    q_tokens, k_tokens = (suite.formulas.random_tokens(rng, batch=2, length=n) for n in (40, 100))
+    check_bound(KERNEL, masks.same("document"), random_problem(rng, q_tokens, k_tokens, heads=2, kv_heads=1))
+
+
+def test_a_scale_that_is_not_positive():
+    rng = np.random.default_rng(6)
+    q, k, v = (jnp.asarray(rng.normal(size=(1, 32, 1, 8)), jnp.float32) for _ in range(3))
+    for scale in (-0.5, 0.0):
+        got, wanted = (
+            striate.attention(q, k, v, mask=masks.causal(), scale=scale, implementation=name)
+            for name in (INTERPRETED, "reference")
+        )
+        np.testing.assert_allclose(got, wanted, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "score", [scores.plain(), scores.softcap(2.0), scores.sigmoid(-1.0)], ids=lambda x: type(x).__name__
+)
+def test_keys_may_come_one_part_after_the_other(score):
+    """What a ring does, on one device: the interpreter knows no others."""
+    rng = np.random.default_rng(7)
+    q, k, v, d_out = (
+        jnp.asarray(rng.normal(size=(1, heads, *shape)), jnp.float32)
+        for heads, *shape in ((1, 2, 64, 8), (1, 64, 8), (1, 64, 8), (1, 2, 64, 8))
+    )
+    row = jnp.asarray(rng.normal(size=(2, 1, 1, 2, 64)), jnp.float32)
+    tokens, parts = Tokens.arange(1, 64), [slice(0, 32), slice(32, 64)]
+
+    def in_turn(form):
+        kernel = form(masks.causal(), 8**-0.5, (32, 32))
+        partial, sums, of_keys = Partial.empty(q, 8), kernel.empty_sums(score, q), []
+        for part in parts[::-1]:
+            sides = kernel.sides(score, tokens.as_queries(), jax.tree.map(lambda x, part=part: x[:, part], tokens))
+            keys = k[:, :, part], v[:, :, part]
+            partial = kernel.forward(score, q, *keys, *sides, partial)
+            sums, *gradients = kernel.backward(score, q, *keys, d_out, *row, *sides, sums)
+            of_keys.append(gradients)
+        out, lse = partial.finish(kernel.unit, score.normalised)
+        return out, lse, kernel.finish_dq(sums[0], q), sums[1], of_keys
+
+    for x, y in zip(*(jax.tree.leaves(in_turn(form)) for form in (Interpreted, Blockwise)), strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-5 * np.abs(y).max())
+
+
+def test_scores_with_tables_are_refused():
+    x = jnp.zeros((1, 32, 2, 8))
+    with pytest.raises(NotImplementedError, match=r"tables \[\(2, 32\)\]: use implementation='xla'"):
+        striate.attention(x, x, x, score=scores.t5_bias(np.zeros((2, 32))), implementation=INTERPRETED)
+
+
+def test_what_has_run_on_no_gpu_is_refused():
+    x = jnp.zeros((1, 32, 2, 8), jnp.bfloat16)
+    with pytest.raises(NotImplementedError, match="has run on no GPU yet"):
+        striate.attention(x, x, x, implementation="pallas_gpu")
