@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -22,6 +23,7 @@ from striate.lib.tiles import LOWEST, Task, Tiled, natural, vary_alike
 from striate.lib.tokens import Tokens
 from striate.pallas_kernels.tpu.chips import target
 
+EXPERIMENTAL = "STRIATE_EXPERIMENTAL"  # variable of the environment: implementations, with commas, that may run untried
 IMPLEMENTATIONS = ("reference", "xla", "pallas_tpu", "pallas_tpu_fused", "pallas_gpu")
 # The programs of the kernels, on any device.
 IMPLEMENTATIONS += ("pallas_tpu_interpret", "pallas_tpu_fused_interpret", "pallas_gpu_interpret")
@@ -69,7 +71,8 @@ def attention(
       scale: factor of the logits; None is head_dim ** -0.5.
       implementation: None (best for the device), "reference", "xla", "pallas_tpu", or several to try in turn.
         "pallas_tpu_fused", with parallel=Ring(...), goes around the ring in one kernel. "pallas_tpu_interpret" and
-        "pallas_tpu_fused_interpret" run these programs on any device, slowly.
+        "pallas_tpu_fused_interpret" run these programs on any device, slowly. "pallas_gpu", for H100 and H200, is
+        experimental, and refused unless the environment lets it; "pallas_gpu_interpret" runs it on any device.
       parallel: how the sequence crosses devices (striate.parallel); None leaves it on each device.
       return_lse: also return the log-sum-exp of the visible logits.
 
@@ -310,7 +313,7 @@ def _reason_against(name: str, parallel, dtype, chip: str | None) -> str | None:
     if name not in IMPLEMENTATIONS:
         raise UserError(f"implementation {name!r} is not known; there are {', '.join(map(repr, IMPLEMENTATIONS))}.")
     if name == "pallas_gpu":
-        return "has run on no GPU yet, only step by step ('pallas_gpu_interpret'), and is not to be trusted"
+        return _reason_against_gpu(dtype)
     if name == "pallas_gpu_interpret" and jax.version.__version_info__ < (0, 12):
         return f"needs the interpreter of jax 0.12, and this is {jax.__version__}"
     if "fused" in name and not getattr(parallel, "rings", False):
@@ -322,6 +325,19 @@ def _reason_against(name: str, parallel, dtype, chip: str | None) -> str | None:
             return f"is for TPUs, and this program is not ('{name}_interpret' runs anywhere)"
         if dtype not in (jnp.bfloat16, jnp.float32):
             return f"takes bfloat16 and float32, and not {dtype}"
+    return None
+
+
+def _reason_against_gpu(dtype) -> str | None:
+    capability = getattr(jax.devices()[0], "compute_capability", None)
+    if capability is None:
+        return "is for GPUs, and this program is not ('pallas_gpu_interpret' runs anywhere)"
+    if capability != "9.0":
+        return f"is for GPUs of compute capability 9.0 (H100, H200), and this one has {capability}"
+    if dtype not in (jnp.bfloat16, jnp.float16):
+        return f"takes bfloat16 and float16, and not {dtype}"
+    if "pallas_gpu" not in os.environ.get(EXPERIMENTAL, "").split(","):
+        return f"has run on no GPU yet, and asks to be trusted by {EXPERIMENTAL}=pallas_gpu in the environment"
     return None
 
 

@@ -110,7 +110,9 @@ class Products(NamedTuple):
     def added(self, sums, a, b):
         """sums + a b, `a` in registers."""
         if self.interpreted:
-            return sums + jnp.dot(a.astype(jnp.float32), b[...].astype(jnp.float32))
+            sums += jnp.dot(a.astype(jnp.float32), b[...].astype(jnp.float32))
+            plgpu.commit_smem()  # a product of matrices reads in the order of the copies, which this read did not
+            return sums
         return pl.run_state(lambda ref: plgpu.wgmma(ref, a, b))(plgpu.ACC.init(sums))
 
 

@@ -1,5 +1,6 @@
 """What exact attention has to satisfy, whatever computes it, on whatever mesh, in whatever order its tokens live."""
 
+import contextlib
 import functools
 from typing import NamedTuple
 from unittest import mock
@@ -29,10 +30,10 @@ LENGTH = 208
 RULE = masks.parse("causal() & same('document') & (window(40) | sink(3)) | prefix() & same('document')")
 ORDERS = 8  # of the tokens, in which the dense reference is computed at most
 # Of the greatest magnitude (oracles.attention.magnitudes): one unit in the last place of the float32 in which all is
-# accumulated; for bfloat16 inputs a quarter of their unit, since two factors of the products are rounded to it.
+# accumulated; for inputs of 16 bits a quarter of their unit, since two factors of the products are rounded to it.
 # Gradients start from exp(t - lse) with lse rounded to float32, half a unit of |lse|, so they get as much more.
 UNIT = float(jnp.finfo(jnp.float32).eps)
-FLOOR = {"float32": 1.0 * UNIT, "bfloat16": 0.25 * float(jnp.finfo(jnp.bfloat16).eps)}
+FLOOR = {"float32": UNIT, **{name: 0.25 * float(jnp.finfo(name).eps) for name in ("bfloat16", "float16")}}
 
 
 class System(NamedTuple):
@@ -121,6 +122,8 @@ def _solve(mask, implementation, parallel, tile, score, q, k, v, q_tokens, k_tok
 def small_tiles(implementation: str, longest: int):
     """While this is entered, an implementation cuts lengths into tiles no longer than that."""
 
+    if implementation == "pallas_gpu":  # its blocks are what the instructions of a GPU want
+        return contextlib.nullcontext()
     tiled = attention._tiled(implementation)
 
     def cut(length: int) -> int:

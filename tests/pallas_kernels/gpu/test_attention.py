@@ -1,15 +1,22 @@
 """The GPU kernels, step by step on this machine: the suite of every attention, widths of their own, carries."""
 
+import contextlib
+from types import SimpleNamespace
+from unittest import mock
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
 import striate
 from oracles import scores as score_oracle
 from striate import Tokens, masks, scores
+from striate.lib.attention import Local, choose
 from striate.lib.blockwise import Blockwise
-from striate.lib.tiles import Partial
+from striate.lib.tiles import Partial, Task
+from striate.pallas_kernels.gpu import backward, forward
 from striate.pallas_kernels.gpu.attention import Interpreted
 from suites import attention as suite
 from suites.attention import RULE, System, check_bound, check_score, random_problem, visible
@@ -103,13 +110,67 @@ def test_keys_may_come_one_part_after_the_other(score):
         np.testing.assert_allclose(x, y, atol=1e-5 * np.abs(y).max())
 
 
+@pytest.mark.parametrize("careless", [False, True])
+@pytest.mark.parametrize("form", [forward, backward], ids=["forward", "backward"])
+def test_a_block_is_copied_when_its_place_is_free(monkeypatch, form, careless):
+    """Where the warpgroup that copies waits for nobody, what it overwrites is found; else nothing is."""
+    copy_blocks = form._copy_blocks
+
+    def without_waiting(*arguments):
+        with mock.patch.object(plgpu, "barrier_wait", lambda barrier: None):
+            copy_blocks(*arguments)
+
+    if careless:
+        monkeypatch.setattr(form, "_copy_blocks", without_waiting)
+    rng, tokens, task = np.random.default_rng(8), Tokens.arange(1, 192), Task(masks.causal(), 0.1, watched())
+    q, k, v = (jnp.asarray(rng.normal(size=(1, 192, 1, 128)), jnp.bfloat16) for _ in range(3))
+    arrays = task, scores.plain(), q, k, v, tokens.as_queries(), tokens
+    row = jnp.zeros((1, 192, 1))
+    try:
+        with pytest.raises(jax.errors.JaxRuntimeError, match="RACE") if careless else contextlib.nullcontext():
+            results = Local().forward(*arrays) if form is forward else Local().backward(*arrays, q, row, row)
+            assert not any(jnp.isnan(x).any() for x in jax.tree.leaves(results))
+    finally:
+        # The interpreter keeps what a kernel that failed left behind.
+        from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
+
+        interpret_pallas_call.reset_gpu_interpret_mode_state()
+
+
+def watched() -> type[Interpreted]:
+    """The interpreter that looks for races; memory begins as NaN."""
+
+    class Watched(Interpreted):
+        interpret = plgpu.InterpretGPUParams(detect_races=True, uninitialized_memory="nan")
+
+        @classmethod
+        def choose_tile(cls, mask, q, k):
+            return 32, 32
+
+    return Watched
+
+
 def test_scores_with_tables_are_refused():
     x = jnp.zeros((1, 32, 2, 8))
     with pytest.raises(NotImplementedError, match=r"tables \[\(2, 32\)\]: use implementation='xla'"):
         striate.attention(x, x, x, score=scores.t5_bias(np.zeros((2, 32))), implementation=INTERPRETED)
 
 
-def test_what_has_run_on_no_gpu_is_refused():
-    x = jnp.zeros((1, 32, 2, 8), jnp.bfloat16)
-    with pytest.raises(NotImplementedError, match="has run on no GPU yet"):
-        striate.attention(x, x, x, implementation="pallas_gpu")
+@pytest.mark.parametrize(
+    ("capability", "dtype", "allowed", "answer"),
+    [
+        (None, jnp.bfloat16, "", "is for GPUs, and this program is not"),
+        ("8.0", jnp.bfloat16, "pallas_gpu", "compute capability 9.0 .* and this one has 8.0"),
+        ("9.0", jnp.float32, "pallas_gpu", "takes bfloat16 and float16, and not float32"),
+        ("9.0", jnp.bfloat16, "", "has run on no GPU yet, and asks to be trusted by STRIATE_EXPERIMENTAL=pallas_gpu"),
+    ],
+)
+def test_what_has_run_on_no_gpu_is_refused(monkeypatch, capability, dtype, allowed, answer):
+    device = SimpleNamespace(platform="gpu", device_kind="a GPU", compute_capability=capability)
+    monkeypatch.setattr(jax, "devices", lambda: [device])
+    monkeypatch.setenv("STRIATE_EXPERIMENTAL", allowed)
+    with pytest.raises(NotImplementedError, match=answer):
+        choose("pallas_gpu", None, jnp.dtype(dtype))
+    if allowed:
+        device.compute_capability = "9.0"
+        assert choose("pallas_gpu", None, jnp.dtype(jnp.float16)) == "pallas_gpu"

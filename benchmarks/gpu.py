@@ -1,0 +1,304 @@
+"""Exact attention on one GPU (H100, H200): whether it is right, then how fast it is beside what others offer.
+
+    python benchmarks/gpu.py [right reruns causal masks ring] [--json FILE] [--tiny]
+
+right: results and gradients by the rule of tests/suites/attention.py (float64 on the host), masks x widths x dtypes.
+reruns: 250 forward passes of one problem, equal to the bit.
+causal: bfloat16, 16 heads, D = 128 up to 32k tokens, D = 64 and 256 at 8k, forward and backward: TFLOP/s beside cuDNN
+(jax.nn.dot_product_attention) and, where torch is installed, its scaled_dot_product_attention.
+masks: at 32k a window of 1024, documents of 2k, a prefix, softcap and ALiBi, beside FlexAttention where torch is.
+ring: 256k tokens on 8 devices that are one after the other this one: every pair of shards is timed alone, and a step
+takes as long as its slowest device; striped and zigzag against contiguous, and each against one kernel for all.
+
+Every part is written to FILE as soon as it is done; one that fails leaves its error there, and the others go on. The
+limit beside the figures is the rate of a large product of matrices, measured in the same run. Nothing outside this
+repository is needed but jax with CUDA. --tiny goes through all parts in the interpreter, with figures that say nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+os.environ.setdefault("STRIATE_EXPERIMENTAL", "pallas_gpu")
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from striate import Tokens, masks, scores
+from striate.lib.attention import attention
+from striate.lib.layouts import Contiguous, Striped, ZigZag
+
+SHAPES = [("bfloat16", 64, 64), ("bfloat16", 128, 128), ("float16", 128, 128)]
+SHAPES += [("bfloat16", 192, 128), ("bfloat16", 80, 96), ("bfloat16", 256, 256)]
+HEADS, DOCUMENT, WINDOW, DEVICES = 16, 2048, 1024, 8
+
+
+def seconds(function: Callable, *arrays, least: float = 0.2) -> float:
+    """Of a call, over so many that they take `least` seconds, after two that do not count."""
+    for _ in range(2):
+        jax.block_until_ready(function(*arrays))
+    calls, taken = 1, 0.0
+    while taken < least:
+        start = time.perf_counter()
+        for _ in range(calls):
+            result = function(*arrays)
+        jax.block_until_ready(result)
+        taken, calls = time.perf_counter() - start, 2 * calls
+    return 2 * taken / calls
+
+
+def arrays(length: int, width: int, heads: int = HEADS, seed: int = 0) -> list[jax.Array]:
+    keys = jax.random.split(jax.random.key(seed), 4)
+    return [jax.random.normal(key, (1, length, heads, width), jnp.bfloat16) for key in keys]
+
+
+def both_ways(attend: Callable, given: list) -> dict[str, float]:
+    """Seconds forward, and backward as those of both passes less those of the first."""
+    forward = jax.jit(attend)
+
+    @jax.jit
+    def both(q, k, v, d_out):
+        return jax.vjp(attend, q, k, v)[1](d_out)
+
+    one = seconds(forward, *given[:3])
+    return {"forward": one, "backward": seconds(both, *given) - one}
+
+
+def rates_of(attend: Callable, given: list, pairs: float) -> dict[str, float]:
+    return rates(both_ways(attend, given), pairs, given[0].shape[3])
+
+
+def rates(taken: dict[str, float], pairs: float, width: int) -> dict[str, float]:
+    """TFLOP/s: two products of a visible pair forward, five backward."""
+    products = {"forward": 2, "backward": 5}
+    return {way: products[way] * 2 * pairs * width * HEADS / taken[way] / 1e12 for way in taken}
+
+
+class Parts:
+    """The measurements. Each gives what is written of it."""
+
+    def __init__(self, tiny: bool):
+        self.tiny = tiny
+        self.name = "pallas_gpu_interpret" if tiny else "pallas_gpu"
+        self.rival = "xla" if tiny else "cudnn"
+
+    def ours(self, mask, score=None, tokens=None) -> Callable:
+        def attend(q, k, v):
+            return attention(q, k, v, mask=mask, score=score, q_tokens=tokens, implementation=self.name)
+
+        return attend
+
+    def right(self) -> dict:
+        from suites.attention import RULE, System, check_bound, formulas, random_problem
+
+        problems = {}
+        for dtype, width, value_width in SHAPES[: 1 if self.tiny else None]:
+            for mask in (
+                (masks.causal(),) if self.tiny else (masks.causal(), RULE, masks.everything(), masks.window(70))
+            ):
+                rng = np.random.default_rng(width)
+                tokens = formulas.random_tokens(rng, batch=2, length=64 if self.tiny else 500)
+                shape = {"heads": 4, "kv_heads": 2, "width": width, "value_width": value_width}
+                problem = random_problem(rng, tokens, dtype=dtype, **shape)
+                try:
+                    check_bound(System(self.name), mask, problem)
+                    said = "within the bound"
+                except Exception as error:  # what one problem shows must not hide the others
+                    said = f"{type(error).__name__}: {error}"[:500]
+                problems[f"{dtype} {width} {value_width} {mask}"] = said
+        return {"problems": problems, "right": all(x == "within the bound" for x in problems.values())}
+
+    def reruns(self) -> dict:
+        given, times = arrays(128 if self.tiny else 4096, 128, heads=2)[:3], 2 if self.tiny else 250
+        attend = jax.jit(self.ours(masks.causal()))
+        first = np.asarray(attend(*given)).view(np.uint16)
+        equal = sum(np.array_equal(np.asarray(attend(*given)).view(np.uint16), first) for _ in range(times))
+        return {"reruns": times, "equal to the bit": equal}
+
+    def causal(self) -> dict:
+        shapes = [(128, 64)] if self.tiny else [(2**n * 1024, 128) for n in (2, 3, 4, 5)] + [(8192, 64), (8192, 256)]
+        found = {"matrix rate": matrix_rate()}
+        for length, width in shapes:
+            given, pairs = arrays(length, width, heads=1 if self.tiny else HEADS), length * (length + 1) / 2
+            forms = {"striate": self.ours(masks.causal()), self.rival: self._dot_product}
+            for name, attend in forms.items():
+                found[f"{name}, {length} x {width}"] = attempt(rates_of, attend, given, pairs)
+            if not self.tiny:
+                found[f"torch, {length} x {width}"] = attempt(torch_causal, length, width, pairs)
+        return found
+
+    def _dot_product(self, q, k, v):
+        return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=self.rival)
+
+    def masks(self) -> dict:
+        length, width = (128, 64) if self.tiny else (32768, 128)
+        index = np.arange(length, dtype=np.int32)[None]
+        tokens = Tokens(
+            position=index, document=index // min(DOCUMENT, length // 2), prefix=np.int32(index < length // 4)
+        )
+        slopes = scores.alibi_slopes(1 if self.tiny else HEADS)
+        cases = {
+            "causal": (masks.causal(), None),
+            "window": (masks.window(min(WINDOW, length // 4) - 1), None),
+            "documents": (masks.causal() & masks.same("document"), None),
+            "prefix": (masks.causal() | masks.prefix(), None),
+            "softcap": (masks.causal(), scores.softcap(50.0)),
+            "alibi": (masks.causal(), scores.alibi(slopes)),
+        }
+        given, found = arrays(length, width, heads=1 if self.tiny else HEADS), {}
+        for name, (mask, score) in cases.items():
+            pairs = visible_pairs(mask, tokens)
+            ours = self.ours(mask, score, tokens)
+            found[f"striate, {name}"] = attempt(rates_of, ours, given, pairs)
+            if not self.tiny:
+                found[f"flex, {name}"] = attempt(flex, name, length, width, slopes, pairs)
+        return found
+
+    def ring(self) -> dict:
+        devices, length, stripe = (2, 256, 32) if self.tiny else (DEVICES, 2**18, 128)
+        q, k, v, _ = arrays(length, 128, heads=1)
+        whole = seconds(jax.jit(self.ours(masks.causal(), tokens=Tokens.arange(1, length))), q, k, v)
+        layouts = Contiguous(devices), Striped(devices, stripe), ZigZag(devices)
+        found = {"one kernel": whole}
+
+        @jax.jit
+        def of_shards(q, k, v, q_tokens, k_tokens):
+            how = {"q_tokens": q_tokens, "k_tokens": k_tokens, "implementation": self.name}
+            return attention(q, k, v, mask=masks.causal(), **how)
+
+        for layout in layouts:
+            permuted = layout.permute((q, k, v, Tokens.arange(1, length)))
+            runs = [slice(start, start + length // devices) for start in range(0, length, length // devices)]
+            shards = [jax.tree.map(lambda x, run=run: x[:, run], permuted) for run in runs]
+            work = np.zeros((devices, devices))  # [step, device]
+            for step, device in np.ndindex(*work.shape):
+                own_q, _, _, q_tokens = shards[device]
+                _, *keys_and_values, k_tokens = shards[(device - step) % devices]
+                work[step, device] = seconds(of_shards, own_q, *keys_and_values, q_tokens, k_tokens, least=0.02)
+            makespan = work.max(axis=1).sum()
+            found[str(layout)] = {"makespan": makespan, "share of one kernel's rate": whole / devices / makespan}
+        contiguous = found[str(layouts[0])]["makespan"]
+        for layout in layouts[1:]:
+            found[str(layout)]["times faster than contiguous"] = contiguous / found[str(layout)]["makespan"]
+        return found
+
+
+def attempt(measure: Callable, *arguments):
+    try:
+        return measure(*arguments)
+    except Exception as error:  # one rival that is not there must not end the run
+        return f"{type(error).__name__}: {error}"[:300]
+
+
+def matrix_rate() -> float:
+    """TFLOP/s of a product of two 8192 x 8192 matrices in bfloat16."""
+    size = 8192 if jax.default_backend() == "gpu" else 256
+    x = jax.random.normal(jax.random.key(0), (size, size), jnp.bfloat16)
+    return 2 * size**3 / seconds(jax.jit(jnp.matmul), x, x) / 1e12
+
+
+def visible_pairs(mask, tokens) -> float:
+    """Pairs that the mask shows, block by block of queries."""
+    step, total = 1024, 0
+    for start in range(0, tokens.shape[1], step):
+        rows = jax.tree.map(lambda x, start=start: x[:, start : start + step], tokens)
+        total += int(mask.dense(rows, tokens).sum())
+    return float(total)
+
+
+def torch_causal(length: int, width: int, pairs: float) -> dict[str, float]:
+    """TFLOP/s of torch's own."""
+    import torch
+
+    def attend(q, k, v):
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+    return rates(torch_seconds(attend, length, width), pairs, width)
+
+
+def flex(case: str, length: int, width: int, slopes, pairs: float) -> dict[str, float]:
+    """TFLOP/s of FlexAttention under the same mask or score."""
+    import torch
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    slope, quarter = torch.tensor(slopes, device="cuda"), length // 4
+    shown = {
+        "window": lambda b, h, q, k: (q >= k) & (q - k < WINDOW),
+        "documents": lambda b, h, q, k: (q >= k) & (q // DOCUMENT == k // DOCUMENT),
+        "prefix": lambda b, h, q, k: (q >= k) | ((q < quarter) & (k < quarter)),
+    }.get(case, lambda b, h, q, k: q >= k)
+    score = {
+        "softcap": lambda s, b, h, q, k: 50.0 * torch.tanh(s / 50.0),
+        "alibi": lambda s, b, h, q, k: s - slope[h] * (q - k).abs(),
+    }.get(case)
+    block_mask, compiled = create_block_mask(shown, None, None, length, length), torch.compile(flex_attention)
+    taken = torch_seconds(lambda q, k, v: compiled(q, k, v, score_mod=score, block_mask=block_mask), length, width)
+    return rates(taken, pairs, width)
+
+
+def torch_seconds(attend: Callable, length: int, width: int) -> dict[str, float]:
+    import torch
+
+    shape = (1, HEADS, length, width)
+    q, k, v = (torch.randn(shape, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+    d_out = torch.randn(shape, device="cuda", dtype=torch.bfloat16)
+
+    def timed(function, calls: int = 10) -> float:
+        for _ in range(3):
+            function()
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(calls):
+            function()
+        torch.cuda.synchronize()
+        return (time.perf_counter() - start) / calls
+
+    forward = timed(lambda: attend(q, k, v))
+    both = timed(lambda: torch.autograd.grad(attend(q, k, v), (q, k, v), d_out))
+    return {"forward": forward, "backward": both - forward}
+
+
+def show(part: str, found: dict, taken: float) -> None:
+    table = Table("", "", title=f"{part}, {taken:.0f} s", box=None, show_header=False, title_justify="left")
+    for name, value in found.items():
+        if isinstance(value, dict):
+            value = "   ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k}: {v}" for k, v in value.items())
+        table.add_row(name, str(value))
+    Console(width=140, highlight=False).print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = ("right", "reruns", "causal", "masks", "ring")
+    parser.add_argument("parts", nargs="*", default=names, metavar="PART", help=", ".join(names))
+    parser.add_argument("--json", type=Path, help="write what was found here, part by part")
+    parser.add_argument("--tiny", action="store_true", help="go through all of it in the interpreter")
+    arguments = parser.parse_args()
+    device = jax.devices()[0]
+    found = {"device": device.device_kind, "jax": jax.__version__}
+    parts = Parts(arguments.tiny)
+    for name in arguments.parts:
+        start = time.perf_counter()
+        try:
+            found[name] = getattr(parts, name)()
+        except Exception:
+            found[name] = {"failed": traceback.format_exc(limit=-3)}
+        taken = time.perf_counter() - start
+        show(name, found[name], taken)
+        if arguments.json:
+            arguments.json.write_text(json.dumps(found, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
