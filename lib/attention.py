@@ -70,9 +70,8 @@ def attention(
       k_tokens: Tokens of the keys; None is q_tokens, where length == key length.
       scale: factor of the logits; None is head_dim ** -0.5.
       implementation: None (best for the device), "reference", "xla", "pallas_tpu", or several to try in turn.
-        "pallas_tpu_fused", with parallel=Ring(...), goes around the ring in one kernel. "pallas_tpu_interpret" and
-        "pallas_tpu_fused_interpret" run these programs on any device, slowly. "pallas_gpu", for H100 and H200, is
-        experimental, and refused unless the environment lets it; "pallas_gpu_interpret" runs it on any device.
+        "pallas_tpu_fused", with parallel=Ring(...), goes around the ring in one kernel. "pallas_gpu", for H100 and
+        H200, is refused unless the environment lets it try. With "_interpret" after it, any of these runs anywhere.
       parallel: how the sequence crosses devices (striate.parallel); None leaves it on each device.
       return_lse: also return the log-sum-exp of the visible logits.
 

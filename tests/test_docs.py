@@ -11,7 +11,7 @@ import pytest
 from striate.lib.cli import parse
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
-PAGES = ("attention", "linear_attention")
+PAGES = ("attention", "linear_attention", "gpu_kernels")
 BLOCKS = {
     page: re.findall(r"^```(\w*)\n(.+?)^```", (DOCS / f"{page}.md").read_text(), re.DOTALL | re.MULTILINE)
     for page in PAGES
