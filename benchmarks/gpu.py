@@ -1,6 +1,6 @@
 """Exact attention on one GPU (H100, H200): whether it is right, then how fast it is beside what others offer.
 
-    python benchmarks/gpu.py [right reruns causal masks ring] [--json FILE] [--tiny]
+    python benchmarks/gpu.py [right reruns causal masks ring decode] [--json FILE] [--tiny]
 
 right: results and gradients by the rule of tests/suites/attention.py (float64 on the host), masks x widths x dtypes.
 reruns: 250 forward passes of one problem, equal to the bit.
@@ -9,6 +9,7 @@ causal: bfloat16, 16 heads, D = 128 up to 32k tokens, D = 64 and 256 at 8k, forw
 masks: at 32k a window of 1024, documents of 2k, a prefix, softcap and ALiBi, beside FlexAttention where torch is.
 ring: 256k tokens on 8 devices that are one after the other this one: every pair of shards is timed alone, and a step
 takes as long as its slowest device; striped and zigzag against contiguous, and each against one kernel for all.
+decode: one query for each of 16 rows, 32 heads for 8 of keys, a cache of 64k tokens: share of the measured bandwidth.
 
 Every part is written to FILE as soon as it is done; one that fails leaves its error there, and the others go on. The
 limit beside the figures is the rate of a large product of matrices, measured in the same run. Nothing outside this
@@ -193,6 +194,23 @@ class Parts:
             found[str(layout)]["times faster than contiguous"] = contiguous / found[str(layout)]["makespan"]
         return found
 
+    def decode(self) -> dict:
+        batch, length, kv_heads, width = (2, 256, 2, 64) if self.tiny else (16, 65536, 8, 128)
+        keys = jax.random.split(jax.random.key(0), 3)
+        q = jax.random.normal(keys[0], (batch, 1, 4 * kv_heads, width), jnp.bfloat16)
+        k, v = (jax.random.normal(key, (batch, length, kv_heads, width), jnp.bfloat16) for key in keys[1:])
+        k_tokens, at = Tokens.arange(batch, length), np.full((batch, 1), length - 1, np.int32)
+
+        @jax.jit
+        def one(q, k, v):
+            how = {"q_tokens": Tokens(position=at), "k_tokens": k_tokens, "implementation": self.name}
+            return attention(q, k, v, mask=masks.causal(), **how)
+
+        taken, size = seconds(one, q, k, v), k.nbytes + v.nbytes
+        # Read and written.
+        bandwidth = 2 * k.nbytes / seconds(jax.jit(lambda x: x + 1), k)
+        return {"GB/s": size / taken / 1e9, "bandwidth, GB/s": bandwidth / 1e9, "share": size / taken / bandwidth}
+
 
 def attempt(measure: Callable, *arguments):
     try:
@@ -280,7 +298,7 @@ def show(part: str, found: dict, taken: float) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = ("right", "reruns", "causal", "masks", "ring")
+    names = ("right", "reruns", "causal", "masks", "ring", "decode")
     parser.add_argument("parts", nargs="*", default=names, metavar="PART", help=", ".join(names))
     parser.add_argument("--json", type=Path, help="write what was found here, part by part")
     parser.add_argument("--tiny", action="store_true", help="go through all of it in the interpreter")

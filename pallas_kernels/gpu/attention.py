@@ -13,7 +13,8 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from striate.lib.tiles import Partial, Tiled, zeros
+from striate.lib import masks
+from striate.lib.tiles import INSIDE, Partial, Tiled, zeros
 from striate.pallas_kernels.common import LN2, LOG2E, flatten, is_plain, stacked
 from striate.pallas_kernels.gpu import backward, forward
 from striate.pallas_kernels.gpu.parts import TILE, Language
@@ -33,6 +34,12 @@ class Kernel(Tiled):
     @classmethod
     def choose_tile(cls, mask, q_BTHD, k_BSKD):
         return TILE, TILE
+
+    @classmethod
+    def plan_attend(cls, mask, scale, q_BTHD, k_BSKD):
+        if q_BTHD.shape[1] * q_BTHD.shape[2] // k_BSKD.shape[2] > TILE:
+            return super().plan_attend(mask, scale, q_BTHD, k_BSKD)
+        return dataclasses.replace(Few.plan(mask, scale, q_BTHD, k_BSKD), kernel=cls)
 
     def forward(self, score, q, k, v, query_fields, key_fields, partial):
         maximum, total, weighted = map(flatten, partial)
@@ -98,6 +105,33 @@ class Kernel(Tiled):
         names, *fields = stacked(self.mask, score, query_fields, key_fields)
         parameters = [] if is_plain(score) else [jnp.broadcast_to(leaf, (heads,)) for leaf in leaves]
         return Language(self.mask, self.scale, names, tree, is_plain(score), score.reads, (table, *fields, *parameters))
+
+
+@dataclass(frozen=True)
+class Few(Tiled):
+    """`attend` for so few queries that those of all heads of a group make one row: its keys are read once for all."""
+
+    kernel: type[Kernel] = Kernel
+
+    @classmethod
+    def choose_tile(cls, mask, q_BTHD, k_BSKD):
+        return q_BTHD.shape[1], TILE
+
+    def attend(self, score, q, k, v, query_fields, key_fields):
+        batch, heads, group, length, width = q.shape
+        # Heads that have parameters of their own have rows of their own.
+        together = 1 if any(leaf.ndim for leaf in jax.tree.leaves(score)) and not is_plain(score) else group
+        missing = TILE - together * length
+
+        def fill(x, axis):
+            return jnp.pad(x, [(0, missing if i == axis else 0) for i in range(x.ndim)])
+
+        fields = {name: fill(jnp.tile(x, (1, together)), 1) for name, x in query_fields.items()}
+        q = fill(q.reshape(batch, heads, group // together, together * length, width), 3)
+        kernel = self.kernel(self.mask & masks.query(INSIDE, 1, 1), self.scale, (TILE, TILE))
+        results = kernel.attend(score, q, k, v, fields, key_fields)
+        out, lse = (x[:, :, :, : together * length] for x in results)
+        return out.reshape(batch, heads, group, length, -1), lse.reshape(batch, heads, group, length)
 
 
 class Interpreted(Kernel):

@@ -70,6 +70,16 @@ def test_queries_and_keys_of_different_lengths():
     check_bound(KERNEL, masks.same("document"), random_problem(rng, q_tokens, k_tokens, heads=2, kv_heads=1))
 
 
+@pytest.mark.parametrize("queries", [1, 3])
+@pytest.mark.parametrize("name", ["plain", "alibi"])
+def test_few_queries_of_a_group_share_a_row(queries, name):
+    rng = np.random.default_rng(queries)
+    q_tokens = Tokens(position=np.tile(np.arange(150, 150 + queries, dtype=np.int32), (2, 1)))
+    problem = random_problem(rng, q_tokens, Tokens.arange(2, 200), heads=4, kv_heads=2)
+    case = next(case for case in score_oracle.all_cases(np.random.default_rng(0), 4) if case.name == name)
+    check_score(KERNEL, masks.causal(), case, problem, visible(masks.causal(), problem))
+
+
 def test_a_scale_that_is_not_positive():
     rng = np.random.default_rng(6)
     q, k, v = (jnp.asarray(rng.normal(size=(1, 32, 1, 8)), jnp.float32) for _ in range(3))
