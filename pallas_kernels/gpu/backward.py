@@ -35,6 +35,7 @@ from striate.pallas_kernels.gpu.parts import (
     Products,
     filled,
     keep,
+    launch,
     load,
     over_columns,
     over_rows,
@@ -95,14 +96,14 @@ class Given(NamedTuple):
         return self.q.shape[1] // self.k.shape[1]
 
 
-def of_queries(language: Language, scratch: Scratch, interpret, given: Given, dtype):
+def of_queries(dtype, language: Language, scratch: Scratch, interpret, given: Given):
     """(dq (B, H, T, D) in `dtype`, what every row gives to the gradient of each parameter (B, H, T) ...)."""
     shares = [jax.ShapeDtypeStruct(given.lse.shape, jnp.float32)] * len(language.arrays[3:])
     results = [jax.ShapeDtypeStruct(given.q.shape, dtype), *shares]
     return _call(_queries, language, scratch, interpret, given, results)
 
 
-def of_keys(language: Language, scratch: Scratch, interpret, given: Given, wanted: tuple[str, ...], dtype):
+def of_keys(dtype, wanted: tuple[str, ...], language: Language, scratch: Scratch, interpret, given: Given):
     """Those wanted of "dk" (B, K, S, D) and "dv" (B, K, S, V), in `dtype`; the table has keys for rows."""
     shapes = {"dk": given.k.shape, "dv": given.v.shape}
     results = [jax.ShapeDtypeStruct(shapes[name], dtype) for name in wanted]
@@ -110,18 +111,10 @@ def of_keys(language: Language, scratch: Scratch, interpret, given: Given, wante
 
 
 def _call(body, language, scratch, interpret, given: Given, results):
-    heads = min(given.q.shape[1], results[0].shape[1])
-    return plgpu.kernel(
-        functools.partial(_row_of_blocks, body, language, Products(bool(interpret))),
-        out_type=results,
-        grid=(language.table.shape[0], heads),
-        grid_names=("row", "head"),
-        num_threads=CONSUMERS + 1,
-        thread_name="warpgroup",
-        scratch_types=[scratch],
-        compiler_params=plgpu.CompilerParams(approx_math=True),
-        interpret=interpret,
-    )(*language.arrays, *given)
+    body = functools.partial(_row_of_blocks, body, language, Products(bool(interpret)))
+    return launch(body, results, language.table.shape[0], results[0].shape[1], scratch, interpret)(
+        *language.arrays, *given
+    )
 
 
 class Row(NamedTuple):

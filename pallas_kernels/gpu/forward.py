@@ -35,6 +35,7 @@ from striate.pallas_kernels.gpu.parts import (
     Products,
     filled,
     keep,
+    launch,
     load,
     over_columns,
     passing_length,
@@ -99,17 +100,9 @@ def attend(language: Language, scratch: Scratch, interpret, q, k, v):
 
 
 def _call(language, scratch, interpret, arrays, carry, results):
-    return plgpu.kernel(
-        functools.partial(_row_of_blocks, language, Products(bool(interpret)), bool(carry)),
-        out_type=results,
-        grid=(language.table.shape[0], arrays[0].shape[1]),
-        grid_names=("row", "head"),
-        num_threads=CONSUMERS + 1,
-        thread_name="warpgroup",
-        scratch_types=[scratch],
-        compiler_params=plgpu.CompilerParams(approx_math=True),
-        interpret=interpret,
-    )(*language.arrays, *arrays, *carry)
+    body = functools.partial(_row_of_blocks, language, Products(bool(interpret)), bool(carry))
+    kernel = launch(body, results, language.table.shape[0], arrays[0].shape[1], scratch, interpret)
+    return kernel(*language.arrays, *arrays, *carry)
 
 
 def _row_of_blocks(language: Language, products: Products, resume: bool, *refs):

@@ -23,6 +23,21 @@ SHARED_MEMORY = 220 * 1024  # bytes of a thread block on H100 and H200, less wha
 ACROSS, DOWN = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)  # of one number a row, and one a column
 
 
+def launch(body: Callable, results: list, rows: int, heads: int, scratch: NamedTuple, interpret) -> Callable:
+    """The kernel of a thread block for each row and head, heads first; axes "row", "head" and "warpgroup"."""
+    return plgpu.kernel(
+        body,
+        out_type=results,
+        grid=(rows, heads),
+        grid_names=("row", "head"),
+        num_threads=CONSUMERS + 1,
+        thread_name="warpgroup",
+        scratch_types=[scratch],
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        interpret=interpret,
+    )
+
+
 def passing_length(tile: int, most: int, staying: int, a_column: int) -> int:
     """Tokens of a block that passes by, of `a_column` bytes each: a tile, or so much of it as may be and fits twice.
 
@@ -169,7 +184,7 @@ class Language(NamedTuple):
 
     def shown(self, s, query: dict, key: dict):
         """s where the mask shows the pair, else -inf."""
-        if not query and not key:  # a formula that reads nothing cuts no block
+        if not self.mask.fields:  # a formula that reads nothing cuts no block
             return s
         zeros = jnp.zeros(s.shape, jnp.int32)
         return self.mask.select({None: zeros, **query}, {None: zeros, **key}, s, -jnp.inf)

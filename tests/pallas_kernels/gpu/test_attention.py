@@ -1,6 +1,7 @@
 """The GPU kernels, step by step on this machine: the suite of every attention, widths of their own, carries."""
 
 import contextlib
+import functools
 from types import SimpleNamespace
 from unittest import mock
 
@@ -16,6 +17,7 @@ from striate import Tokens, masks, scores
 from striate.lib.attention import Local, choose
 from striate.lib.blockwise import Blockwise
 from striate.lib.tiles import Partial, Task
+from striate.pallas_kernels.gpu import attention as gpu
 from striate.pallas_kernels.gpu import backward, forward
 from striate.pallas_kernels.gpu.attention import Interpreted
 from suites import attention as suite
@@ -70,14 +72,32 @@ def test_queries_and_keys_of_different_lengths():
     check_bound(KERNEL, masks.same("document"), random_problem(rng, q_tokens, k_tokens, heads=2, kv_heads=1))
 
 
-@pytest.mark.parametrize("queries", [1, 3])
-@pytest.mark.parametrize("name", ["plain", "alibi"])
-def test_few_queries_of_a_group_share_a_row(queries, name):
+@pytest.mark.parametrize(
+    ("queries", "multiprocessors", "name"), [(1, 1, "plain"), (1, 8, "plain"), (3, 8, "alibi"), (3, 8, "sigmoid")]
+)
+def test_few_queries_of_a_group_share_a_row(monkeypatch, queries, multiprocessors, name):
+    """And keys are dealt to several rows, where these are fewer than the multiprocessors."""
+    monkeypatch.setattr(gpu, "MULTIPROCESSORS", multiprocessors)
     rng = np.random.default_rng(queries)
-    q_tokens = Tokens(position=np.tile(np.arange(150, 150 + queries, dtype=np.int32), (2, 1)))
-    problem = random_problem(rng, q_tokens, Tokens.arange(2, 200), heads=4, kv_heads=2)
+    # The first row of the batch sees none of the later keys: whole parts are empty.
+    q_tokens = Tokens(position=np.arange(queries, dtype=np.int32) + np.int32([[50], [370]]))
+    problem = random_problem(rng, q_tokens, Tokens.arange(2, 390), heads=4, kv_heads=1)
     case = next(case for case in score_oracle.all_cases(np.random.default_rng(0), 4) if case.name == name)
     check_score(KERNEL, masks.causal(), case, problem, visible(masks.causal(), problem))
+
+
+def test_mapped_by_vmap():
+    rng = np.random.default_rng(9)
+    q, k, v = (jnp.asarray(rng.normal(size=(2, 1, 32, 2, 8)), jnp.float32) for _ in range(3))
+
+    def loss(implementation, *arrays):
+        return (striate.attention(*arrays, mask=masks.causal(), implementation=implementation) ** 2).sum()
+
+    got, wanted = (
+        jax.vmap(jax.grad(functools.partial(loss, name), (0, 1, 2)))(q, k, v) for name in (INTERPRETED, "xla")
+    )
+    for x, y in zip(got, wanted, strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-5)
 
 
 def test_a_scale_that_is_not_positive():

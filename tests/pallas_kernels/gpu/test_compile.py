@@ -78,6 +78,10 @@ def test_masks(text):
     assert kernels(mask, dtype=jnp.float16) == (1, 2)
 
 
+def test_a_score_that_reads_what_the_mask_does_not():
+    assert kernels(masks.everything(), SCORES["alibi"]) == (1, 2)
+
+
 def test_blocks_are_kept_in_shared_memory_that_there_is():
     from striate.pallas_kernels.gpu import backward, forward
     from striate.pallas_kernels.gpu.parts import SHARED_MEMORY, TILE
