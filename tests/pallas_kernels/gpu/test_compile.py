@@ -18,6 +18,7 @@ pytestmark = pytest.mark.skipif(
 RULE = masks.parse(
     "causal() & same('document') & (window(400) | sink(3)) | prefix() & modulo('position', 'position', 3)"
 )
+MASKS = [RULE, masks.everything(), masks.table("document", "prefix", [[True, False], [True, True]]), ~masks.window(30)]
 WIDTHS = [(64, 64), (80, 96), (128, 128), (192, 128), (128, 256), (256, 256)]
 SCORES = {
     "softcap": scores.softcap(50.0),
@@ -70,11 +71,8 @@ def test_scores(name):
     assert kernels(RULE, SCORES[name]) == (1, 2)
 
 
-@pytest.mark.parametrize(
-    "text", ["everything()", "causal()", "table('document', 'document', 'allow 0: 0 1; 1: 1')", "~window(30)"]
-)
-def test_masks(text):
-    mask = RULE if text.startswith("table") else masks.parse(text)
+@pytest.mark.parametrize("mask", MASKS, ids=str)
+def test_masks(mask):
     assert kernels(mask, dtype=jnp.float16) == (1, 2)
 
 
