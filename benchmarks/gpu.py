@@ -13,7 +13,8 @@ decode: one query for each of 16 rows, 32 heads for 8 of keys, a cache of 64k to
 
 Every part is written to FILE as soon as it is done; one that fails leaves its error there, and the others go on. The
 limit beside the figures is the rate of a large product of matrices, measured in the same run. Nothing outside this
-repository is needed but jax with CUDA. --tiny goes through all parts in the interpreter, with figures that say nothing.
+repository is needed but jax with CUDA, and pytest for the first part. --tiny goes through all parts in the interpreter,
+with figures that say nothing.
 """
 
 from __future__ import annotations
@@ -33,8 +34,6 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import jax
 import jax.numpy as jnp
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 
 from striate import Tokens, masks, scores
 from striate.lib.attention import attention
@@ -288,12 +287,11 @@ def torch_seconds(attend: Callable, length: int, width: int) -> dict[str, float]
 
 
 def show(part: str, found: dict, taken: float) -> None:
-    table = Table("", "", title=f"{part}, {taken:.0f} s", box=None, show_header=False, title_justify="left")
+    print(f"\n{part}, {taken:.0f} s")
     for name, value in found.items():
-        if isinstance(value, dict):
-            value = "   ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k}: {v}" for k, v in value.items())
-        table.add_row(name, str(value))
-    Console(width=140, highlight=False).print(table)
+        rows = value.items() if isinstance(value, dict) else [("", value)]
+        shown = (f"{key} {x:.4g}" if isinstance(x, float) else f"{key} {x}" for key, x in rows)
+        print(f"  {name:<40}", "   ".join(shown), flush=True)
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
 """Linear attention on this machine's default device: what a token costs at any length, and where softmax costs more.
 
     striate bench linear-attention [--json FILE]
-    python benchmarks/linear_attention.py [--longest 262144] [--softmax 32768] [--rounds 8] [--png FILE]
+    python benchmarks/linear_attention.py [--longest 262144] [--softmax 32768] [--rounds 6] [--png FILE]
 
 Forward + backward, 4 heads of 64, float32, in the order of the table: the sum rule without a decay, with one a token
 and with one a channel, the delta rule, and, up to --softmax tokens, striate.attention under a causal mask in the same
@@ -140,7 +140,7 @@ def main() -> None:
     parser.add_argument("--longest", type=int, default=262_144, help="tokens")
     parser.add_argument("--softmax", type=int, default=32_768, help="tokens, at most, of softmax attention")
     parser.add_argument("--json", type=Path, help="also write the figures here")
-    parser.add_argument("--rounds", type=int, default=8, help="over all lengths, 90 s each")
+    parser.add_argument("--rounds", type=int, default=6, help="over all lengths, two minutes and a half each")
     parser.add_argument("--png", type=Path, help="also draw them here")
     arguments = parser.parse_args()
     if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import math
 
 import jax
 import jax.numpy as jnp
-from jax.custom_batching import sequential_vmap
 
 from striate.lib.scores import Composed, Score
 
@@ -47,10 +45,3 @@ def flatten(x_BKG):
 def like(x: jax.Array) -> jax.ShapeDtypeStruct:
     """An output of the shape of an input, which varies over the mesh axes over which that does."""
     return jax.ShapeDtypeStruct(x.shape, x.dtype, manual_axis_type=jax.typeof(x).manual_axis_type)
-
-
-def one_at_a_time(function, *static):
-    """The function of the arrays, for jax.vmap as well."""
-    # Pallas would add an axis to the grid of a TPU kernel, and leave what that reads from HBM by itself as it was; and
-    # it maps no GPU kernel.
-    return sequential_vmap(functools.partial(function, *static))

@@ -7,7 +7,6 @@ filled up to whole rows of shared memory, lengths to whole blocks.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -16,7 +15,7 @@ import jax.numpy as jnp
 
 from striate.lib import masks
 from striate.lib.tiles import INSIDE, Partial, Tiled, zeros
-from striate.pallas_kernels.common import LN2, LOG2E, flatten, is_plain, one_at_a_time, stacked
+from striate.pallas_kernels.common import LN2, LOG2E, flatten, is_plain, stacked
 from striate.pallas_kernels.gpu import backward, forward
 from striate.pallas_kernels.gpu.parts import TILE, Language
 from striate.pallas_kernels.gpu.rows import live_rows
@@ -55,7 +54,7 @@ class Kernel(Tiled):
         scratch, k_tile = forward.Scratch.of(arrays[0], arrays[2], self.tile)
         language = self._language((self.tile[0], k_tile), score, arrays[0].shape[1], query_fields, key_fields)
         carry = maximum, total, _wide(weighted)
-        *row, weighted = self._run(forward.forward, language, scratch, *arrays, carry)
+        *row, weighted = forward.forward(language, scratch, self.interpret, *arrays, carry)
         done = *row, weighted[..., : v.shape[-1]]
         return Partial(*(x.reshape(like.shape) for x, like in zip(done, partial, strict=True)))
 
@@ -65,7 +64,7 @@ class Kernel(Tiled):
         arrays = _wide(flatten(q)), _wide(k), _wide(v)
         scratch, k_tile = forward.Scratch.of(arrays[0], arrays[2], self.tile)
         language = self._language((self.tile[0], k_tile), score, arrays[0].shape[1], query_fields, key_fields)
-        out, lse = self._run(forward.attend, language, scratch, *arrays)
+        out, lse = forward.attend(language, scratch, self.interpret, *arrays)
         return out[..., : v.shape[-1]].reshape(*q.shape[:-1], v.shape[-1]), lse.reshape(q.shape[:-1])
 
     def empty_sums(self, score, q):
@@ -87,12 +86,12 @@ class Kernel(Tiled):
         heads, (q_tile, k_tile) = given.q.shape[1], self.tile
         scratch, columns = backward.Scratch.of(given.q, given.v, q_tile, k_tile)
         language = self._language((q_tile, columns), score, heads, query_fields, key_fields)
-        dq, *shares = self._run(functools.partial(backward.of_queries, dtype), language, scratch, given)
+        dq, *shares = backward.of_queries(language, scratch, self.interpret, given, dtype)
         scratch, columns = backward.Scratch.of(given.q, given.v, k_tile, q_tile)
         language = self._language((columns, k_tile), score, heads, query_fields, key_fields, transposed=True)
         both = [("dk", "dv")] if given.k.shape[-1] + given.v.shape[-1] <= WIDEST else [("dk",), ("dv",)]
-        kernels = [functools.partial(backward.of_keys, dtype, wanted) for wanted in both]
-        dk, dv = (x for kernel in kernels for x in self._run(kernel, language, scratch, given))
+        parts = (backward.of_keys(language, scratch, self.interpret, given, wanted, dtype) for wanted in both)
+        dk, dv = (x for part in parts for x in part)
         leaves, tree = jax.tree.flatten(score)
         if shares:
             d_leaves = [x.sum((0, 2)) if leaf.ndim else x.sum() for x, leaf in zip(shares, leaves, strict=True)]
@@ -100,12 +99,6 @@ class Kernel(Tiled):
             d_leaves = [jnp.zeros_like(leaf) for leaf in leaves]
         dq = dq[..., : q.shape[-1]].reshape(q.shape)
         return tree.unflatten(d_leaves), dq, dk[..., : k.shape[-1]], dv[..., : v.shape[-1]]
-
-    def _run(self, function, language: Language, scratch, *arrays):
-        def run(of_language, *arrays):
-            return function(language._replace(arrays=of_language), scratch, self.interpret, *arrays)
-
-        return one_at_a_time(run)(language.arrays, *arrays)
 
     def _language(self, tile, score, heads: int, query_fields, key_fields, transposed: bool = False) -> Language:
         leaves, tree = jax.tree.flatten(score)

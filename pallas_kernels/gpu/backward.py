@@ -10,7 +10,7 @@ and `of_keys` its transpose, 128 keys, through the blocks of queries that see th
 
 S and dP are computed twice, seven products for five, and in return nothing is added to by two thread blocks: no atomic
 sums, whose order differs from run to run. The two warpgroups that compute have 64 rows each and do not take turns; a
-third one copies. P is made before dP, so that registers hold one of S and dP less.
+third one copies. P is made before dP is, so that registers need not hold log-sum-exp and delta at once.
 """
 
 from __future__ import annotations
@@ -96,14 +96,14 @@ class Given(NamedTuple):
         return self.q.shape[1] // self.k.shape[1]
 
 
-def of_queries(dtype, language: Language, scratch: Scratch, interpret, given: Given):
+def of_queries(language: Language, scratch: Scratch, interpret, given: Given, dtype):
     """(dq (B, H, T, D) in `dtype`, what every row gives to the gradient of each parameter (B, H, T) ...)."""
     shares = [jax.ShapeDtypeStruct(given.lse.shape, jnp.float32)] * len(language.arrays[3:])
     results = [jax.ShapeDtypeStruct(given.q.shape, dtype), *shares]
     return _call(_queries, language, scratch, interpret, given, results)
 
 
-def of_keys(dtype, wanted: tuple[str, ...], language: Language, scratch: Scratch, interpret, given: Given):
+def of_keys(language: Language, scratch: Scratch, interpret, given: Given, wanted: tuple[str, ...], dtype):
     """Those wanted of "dk" (B, K, S, D) and "dv" (B, K, S, V), in `dtype`; the table has keys for rows."""
     shapes = {"dk": given.k.shape, "dv": given.v.shape}
     results = [jax.ShapeDtypeStruct(shapes[name], dtype) for name in wanted]

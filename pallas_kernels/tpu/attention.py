@@ -8,14 +8,16 @@ the products of the next part are issued before the softmax of this one.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+from jax.custom_batching import sequential_vmap
 
 from striate.lib.tiles import Partial, Tiled, block_length, zeros
-from striate.pallas_kernels.common import LN2, LOG2E, flatten, one_at_a_time, stacked
+from striate.pallas_kernels.common import LN2, LOG2E, flatten, stacked
 from striate.pallas_kernels.tpu import backward, forward
 from striate.pallas_kernels.tpu.blocks import blocks
 from striate.pallas_kernels.tpu.chips import LANES
@@ -109,3 +111,9 @@ class Interpreted(Kernel):
     """The same, step by step on any device."""
 
     interpret = True
+
+
+def one_at_a_time(function, *static):
+    """The function of the arrays, for jax.vmap as well."""
+    # Pallas would add an axis to the grid, and leave what a kernel reads from HBM by itself as it was.
+    return sequential_vmap(functools.partial(function, *static))

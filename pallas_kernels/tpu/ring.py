@@ -22,9 +22,9 @@ import jax.extend
 from jax.experimental.pallas import tpu as pltpu
 
 from striate.lib.tiles import Partial
-from striate.pallas_kernels.common import flatten, one_at_a_time, stacked
+from striate.pallas_kernels.common import flatten, stacked
 from striate.pallas_kernels.tpu.around import Lists
-from striate.pallas_kernels.tpu.attention import Kernel
+from striate.pallas_kernels.tpu.attention import Kernel, one_at_a_time
 from striate.pallas_kernels.tpu.chips import cores
 from striate.pallas_kernels.tpu.ring_backward import backward
 from striate.pallas_kernels.tpu.ring_forward import forward
