@@ -7,7 +7,7 @@ WORKERS ?= 2
 SET_UP = pyproject.toml constraints.txt constraints-floor.txt tools/make_venv.sh tools/find_python.sh
 PYTEST = .venv/bin/python -m pytest -n $(WORKERS) --dist loadfile --durations 15 --durations-min 5
 
-.PHONY: help setup train test test-fast test-all lint format bench wheel floor tpu tpu-all clean
+.PHONY: help setup train test test-fast test-all lint format bench wheel floor tpu tpu-all gpu gpu-all clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -20,15 +20,15 @@ train: .venv/installed  ## train the model of CONFIG (configs/stdlib.py: minutes
 
 test: .venv/installed  ## run the tests that take seconds to a minute each
 	@echo "running all tests but those marked slow"
-	@$(PYTEST) -m "not slow and not tpu"
+	@$(PYTEST) -m "not slow and not tpu and not gpu"
 
 test-fast: .venv/installed  ## run the tests that take seconds, within three minutes
 	@echo "running all tests but those marked slow or long"
-	@$(PYTEST) -m "not slow and not long and not tpu"
+	@$(PYTEST) -m "not slow and not long and not tpu and not gpu"
 
-test-all: .venv/installed  ## run every test but those of `make tpu`
+test-all: .venv/installed  ## run every test but those of `make tpu` and `make gpu`
 	@echo "running every test, the slow ones too"
-	@$(PYTEST) -m "not tpu"
+	@$(PYTEST) -m "not tpu and not gpu"
 
 lint: .venv/installed  ## check style and formatting
 	@echo "ruff: lint and format"
@@ -54,16 +54,24 @@ floor: .venv-floor/installed  ## run the smoke tests on the oldest supported Pyt
 	@.venv-floor/bin/python -m pytest -m smoke
 	@.venv-floor/bin/striate --help > /dev/null
 
-tpu: .venv-tpu/installed  ## compile with the compiler of TPUs, which needs no TPU, and check what comes out
+tpu: .venv-compilers/installed  ## compile with the compiler of TPUs, which needs no TPU, and check what comes out
 	@echo "compiling for TPUs that are not here"
-	@.venv-tpu/bin/python -m pytest -n $(WORKERS) --durations 5 --durations-min 5 -m "tpu and not slow"
+	@.venv-compilers/bin/python -m pytest -n $(WORKERS) --durations 5 --durations-min 5 -m "tpu and not slow"
 
-tpu-all: .venv-tpu/installed  ## the same for every mask on every chip
+tpu-all: .venv-compilers/installed  ## the same for every mask on every chip
 	@echo "compiling all there is for TPUs that are not here"
-	@.venv-tpu/bin/python -m pytest -n $(WORKERS) --durations 5 --durations-min 5 -m tpu
+	@.venv-compilers/bin/python -m pytest -n $(WORKERS) --durations 5 --durations-min 5 -m tpu
+
+gpu: .venv-compilers/installed  ## compile with the compiler of GPUs, which needs no GPU, and check what comes out
+	@echo "compiling for GPUs that are not here"
+	@.venv-compilers/bin/python -m pytest -n $(WORKERS) --durations 5 --durations-min 5 -m "gpu and not slow"
+
+gpu-all: .venv-compilers/installed  ## the same for every mask, score and width
+	@echo "compiling all there is for GPUs that are not here"
+	@.venv-compilers/bin/python -m pytest -n $(WORKERS) --durations 5 --durations-min 5 -m gpu
 
 clean:  ## remove what the targets made, except runs/
-	rm -rf .venv .venv-floor .venv-tpu .cache .hypothesis .pytest_cache .ruff_cache build dist striate.egg-info
+	rm -rf .venv .venv-floor .venv-compilers .cache .hypothesis .pytest_cache .ruff_cache build dist striate.egg-info
 
 .venv/installed: $(SET_UP)
 	@tools/make_venv.sh .venv $(PYTHONS)
@@ -71,5 +79,5 @@ clean:  ## remove what the targets made, except runs/
 .venv-floor/installed: $(SET_UP)
 	@tools/make_venv.sh .venv-floor 3.11
 
-.venv-tpu/installed: $(SET_UP)
-	@EXTRAS=dev,tpu tools/make_venv.sh .venv-tpu $(PYTHONS)
+.venv-compilers/installed: $(SET_UP)
+	@EXTRAS=dev,tpu,gpu-compiler tools/make_venv.sh .venv-compilers $(PYTHONS)

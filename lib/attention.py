@@ -6,7 +6,7 @@ import functools
 import itertools
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -15,16 +15,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from striate.lib import masks, scores
+from striate.lib import cudnn, masks, scores
 from striate.lib.blockwise import Blockwise
 from striate.lib.errors import UserError
 from striate.lib.scores import Score
 from striate.lib.tiles import LOWEST, Task, Tiled, natural, vary_alike
 from striate.lib.tokens import Tokens
+from striate.pallas_kernels.gpu.chips import capability
 from striate.pallas_kernels.tpu.chips import target
 
 EXPERIMENTAL = "STRIATE_EXPERIMENTAL"  # variable of the environment: implementations, with commas, that may run untried
-IMPLEMENTATIONS = ("reference", "xla", "pallas_tpu", "pallas_tpu_fused", "pallas_gpu")
+IMPLEMENTATIONS = ("reference", "xla", "cudnn", "pallas_tpu", "pallas_tpu_fused", "pallas_gpu")
 # The programs of the kernels, on any device.
 IMPLEMENTATIONS += ("pallas_tpu_interpret", "pallas_tpu_fused_interpret", "pallas_gpu_interpret")
 
@@ -72,6 +73,7 @@ def attention(
       implementation: None (best for the device), "reference", "xla", "pallas_tpu", or several to try in turn.
         "pallas_tpu_fused", with parallel=Ring(...), goes around the ring in one kernel. "pallas_gpu", for H100 and
         H200, is refused unless the environment lets it try. With "_interpret" after it, any of these runs anywhere.
+        "cudnn", for GPUs, has causal masks and windows back over 16-bit arrays, where no Tokens are passed.
       parallel: how the sequence crosses devices (striate.parallel); None leaves it on each device.
       return_lse: also return the log-sum-exp of the visible logits.
 
@@ -86,20 +88,19 @@ def attention(
     """
     mask, score = masks.everything() if mask is None else mask, scores.plain() if score is None else score
     check_arrays(q_BTHD, k_BSKD, v_BSKV)
-    # From Tokens that are known before the program runs, as the natural ones are, a strategy finds what to leave out.
-    natural = Tokens(np.arange(q_BTHD.shape[1], dtype=np.int32)[None])
-    known = (natural, natural) if q_tokens is None and k_tokens is None else None
+    in_order = q_tokens is None and k_tokens is None
     q_tokens, k_tokens = check_tokens(q_BTHD, k_BSKD, q_tokens, k_tokens)
     check_language(mask, score, q_BTHD.shape[2], q_tokens, k_tokens)
     scale = q_BTHD.shape[-1] ** -0.5 if scale is None else float(scale)
     q, k, v, tile_score = score.prepare(q_BTHD, k_BSKD, v_BSKV, scale)
-    if (form := choose(implementation, parallel, q_BTHD.dtype)) == "reference":
+    against_cudnn = functools.partial(cudnn.reason_against, mask, score, q, k, v, in_order, return_lse)
+    form = choose(implementation, parallel, q_BTHD.dtype, against_cudnn)
+    if form == "cudnn":
+        out, lse = cudnn.attend(mask, scale, q, k, v), None
+    elif form == "reference":
         out, lse = reference(mask, scale, tile_score, q, k, v, q_tokens, k_tokens)
     else:
-        tile_score = jax.tree.map(lambda x: x.astype(jnp.float32), tile_score)
-        arrays = vary_alike((tile_score, q, k, v, q_tokens.as_queries(), k_tokens))
-        task = Task(mask, scale, _tiled(form))
-        out, lse = _by_formula(parallel or Local(), task, *arrays, known or (q_tokens, k_tokens))
+        out, lse = _in_tiles(form, parallel, mask, scale, tile_score, q, k, v, q_tokens, k_tokens, in_order)
     out, lse = score.finish(out, lse)
     return (out, lse) if return_lse else out
 
@@ -155,6 +156,15 @@ def reference(mask, scale, score, q_BTHD, k_BSKD, v_BSKV, q_tokens, k_tokens):
     share = 1 / safe if score.normalised else jnp.exp(jnp.where(seen, top[..., 0], 0.0))
     weights = (weights if factor is None else factor * weights) * share[..., None]
     return jnp.einsum("bhts,bshv->bthv", weights, v).astype(v_BSKV.dtype), lse_BHT.swapaxes(1, 2)
+
+
+def _in_tiles(form: str, parallel, mask, scale, score, q, k, v, q_tokens, k_tokens, in_order: bool):
+    score = jax.tree.map(lambda x: x.astype(jnp.float32), score)
+    arrays = vary_alike((score, q, k, v, q_tokens.as_queries(), k_tokens))
+    # From Tokens that are known before the program runs, as the natural ones are, a strategy finds what to leave out.
+    natural = Tokens(np.arange(q.shape[1], dtype=np.int32)[None])
+    known = (natural, natural) if in_order else (q_tokens, k_tokens)
+    return _by_formula(parallel or Local(), Task(mask, scale, _tiled(form)), *arrays, known)
 
 
 def _by_formula(parallel, task, score, q, k, v, q_tokens, k_tokens, known):
@@ -293,21 +303,27 @@ def check_language(mask, score, heads: int, q_tokens: Tokens, k_tokens: Tokens) 
         scores.check(score, heads, tokens)
 
 
-def choose(implementation, parallel, dtype) -> str:
-    """The name of the first implementation that can run here. Raises NotImplementedError where there is none."""
+def choose(
+    implementation, parallel, dtype, against_cudnn: Callable[[], str | None] = lambda: "is for striate.attention alone"
+) -> str:
+    """The name of the first implementation that can run here. Raises NotImplementedError where there is none.
+
+    `against_cudnn` says why that cannot run, if it cannot: what it takes is a matter of mask, score and shapes.
+    """
     chip = target()
-    best = ("pallas_tpu", "xla") if chip else ("xla",)
+    best = ("pallas_tpu", "xla") if chip else ("cudnn", "xla") if capability() else ("xla",)
     reasons = []
     for name in (implementation,) if isinstance(implementation, str) else tuple(implementation or best):
-        reason = _reason_against(name, parallel, dtype, chip)
+        reason = _reason_against(name, parallel, dtype, chip, against_cudnn)
         if reason is None:
-            _log_choice(name, type(parallel).__name__ if parallel else "one device", chip or jax.default_backend())
+            where = type(parallel).__name__ if parallel else "one device"
+            _log_choice(name, where, chip or jax.default_backend(), tuple(reasons))
             return name
         reasons.append(f"{name!r} {reason}")
     raise NotImplementedError(f"{'; '.join(reasons)}: use implementation=None or 'xla'.")
 
 
-def _reason_against(name: str, parallel, dtype, chip: str | None) -> str | None:
+def _reason_against(name: str, parallel, dtype, chip: str | None, against_cudnn) -> str | None:
     """Why an implementation cannot run here, if it cannot."""
     if name not in IMPLEMENTATIONS:
         raise UserError(f"implementation {name!r} is not known; there are {', '.join(map(repr, IMPLEMENTATIONS))}.")
@@ -317,8 +333,10 @@ def _reason_against(name: str, parallel, dtype, chip: str | None) -> str | None:
         return f"needs the interpreter of jax 0.12, and this is {jax.__version__}"
     if "fused" in name and not getattr(parallel, "rings", False):
         return "is for parallel=Ring(...)"
-    if name == "reference" and parallel is not None:
+    if name in ("reference", "cudnn") and parallel is not None:
         return f"is for one device and does not run under {type(parallel).__name__}"
+    if name == "cudnn":
+        return against_cudnn()
     if name in ("pallas_tpu", "pallas_tpu_fused"):
         if chip is None:
             return f"is for TPUs, and this program is not ('{name}_interpret' runs anywhere)"
@@ -328,11 +346,11 @@ def _reason_against(name: str, parallel, dtype, chip: str | None) -> str | None:
 
 
 def _reason_against_gpu(dtype) -> str | None:
-    capability = getattr(jax.devices()[0], "compute_capability", None)
-    if capability is None:
+    available = capability()
+    if available is None:
         return "is for GPUs, and this program is not ('pallas_gpu_interpret' runs anywhere)"
-    if capability != "9.0":
-        return f"is for GPUs of compute capability 9.0 (H100, H200), and this one has {capability}"
+    if available != "9.0":
+        return f"is for GPUs of compute capability 9.0 (H100, H200), and this one has {available}"
     if dtype not in (jnp.bfloat16, jnp.float16):
         return f"takes bfloat16 and float16, and not {dtype}"
     if "pallas_gpu" not in os.environ.get(EXPERIMENTAL, "").split(","):
@@ -358,5 +376,5 @@ def _tiled(name: str) -> type[Tiled]:
 
 
 @functools.cache
-def _log_choice(name: str, parallel: str, backend: str) -> None:
-    logging.getLogger(__name__).info("attention on %s: %s, %s", backend, name, parallel)
+def _log_choice(name: str, parallel: str, backend: str, refused: tuple[str, ...]) -> None:
+    logging.getLogger(__name__).info("attention on %s: %s", backend, "; ".join([f"{name}, {parallel}", *refused]))

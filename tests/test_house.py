@@ -21,7 +21,7 @@ MADE_BY_TOOLS = {"build", "dist", "runs", "striate.egg-info", "__pycache__"}
 # From the bottom up: a file may import its own stair and those below it. Prefixes of dotted paths from the root.
 LANGUAGE = ("errors", "layouts", "masks", "ngrams", "positions", "recurrence", "scores", "text", "tiles", "tokens")
 MIXERS = ("attention", "bank", "blockwise", "chunks", "convolution", "cope", "frames", "orthogonal_memory", "routing")
-MIXERS += ("linear_attention", "linear_variants", "noncausal", "scans", "delta_product")
+MIXERS += ("cudnn", "linear_attention", "linear_variants", "noncausal", "scans", "delta_product")
 STAIRCASE = {
     "language": ("lib.__init__", *(f"lib.{name}" for name in LANGUAGE)),
     "kernels": ("pallas_kernels",),

@@ -7,8 +7,10 @@ of keys that the mask leaves it. A third warpgroup copies these to shared memory
     l' = l 2^(m - m') + rowsum P              acc' = acc 2^(m - m') + P V
 
 with c = scale log2(e). The two that compute take turns, so that the exponentials of one are computed while the matrix
-unit has the products of the other. `forward` takes carries (m, l, acc) and gives them back, in float32; `attend` starts
-from nothing and gives out and lse.
+unit has the products of the other. And each has its own exponentials while the unit has the P V of the block before:
+step i asks for S of block i and P V of block i - 1 together, and goes on when it has S. The first block, which has none
+before it, is always masked, so that it need not be there twice. `forward` takes carries (m, l, acc) and gives them
+back, in float32; `attend` starts from nothing and gives out and lse.
 
 Source: Shah et al. 2024 (FlashAttention-3), section 3.
 """
@@ -134,7 +136,7 @@ def _row_of_blocks(language: Language, products: Products, resume: bool, *refs):
 def _copy_blocks(table, place, batch, kv_head, k, v, scratch: Scratch):
     ahead, k_tile = scratch.k.shape[:2]
 
-    @pl.loop(0, table[place, LIVE])
+    @pl.loop(0, jnp.maximum(table[place, LIVE], 1))
     def _(i):
         slot = lax.rem(i, ahead)
         keys = batch, kv_head, pl.ds(table[place, COLUMNS + i] * k_tile, k_tile)
@@ -158,26 +160,40 @@ def _gather(language: Language, products: Products, place, mine, warpgroup, q, c
         plgpu.barrier_arrive(scratch.turn)
         plgpu.barrier_wait(scratch.turn)
 
-    def step(masked, i, sums):
-        maximum, total, weighted = sums
-        slot = lax.rem(i, ahead)
-        plgpu.barrier_wait(scratch.k_there.at[slot])
-        s = products.fresh(q_block, transposed(scratch.k.at[slot]), meet)
+    def weigh(masked, i, s, maximum, total):
+        """(m, l, P) after block i, and the factor of what was gathered before it."""
+        slot, starts = lax.rem(i, ahead), (rows.start, table[place, COLUMNS + i] * k_tile)
         plgpu.barrier_arrive(scratch.k_free.at[slot])
-        starts = rows.start, table[place, COLUMNS + i] * k_tile
         s, weight = language.logits(s, parameters, *language.beside(batch, starts, s.shape, masked), masked)
         greatest = jnp.maximum(maximum, factor * s.max(axis=1))
         decay = jnp.exp2(maximum - greatest)
         p = jnp.exp2(factor * s - over_columns(greatest, k_tile))
         total = total * decay + p.sum(axis=1)
+        meet()
+        return greatest, total, p if weight is None else p * weight, decay
+
+    def first(maximum, total, weighted):
+        plgpu.barrier_wait(scratch.k_there.at[0])
+        s = products.fresh(q_block, transposed(scratch.k.at[0]), meet)
+        maximum, total, p, decay = weigh(True, 0, s, maximum, total)
+        return maximum, total, p.astype(scratch.v.dtype), weighted * over_columns(decay, value_width)
+
+    def step(masked, i, sums):
+        maximum, total, p, weighted = sums
+        slot, before = lax.rem(i, ahead), lax.rem(i - 1, ahead)
+        plgpu.barrier_wait(scratch.k_there.at[slot])
+        plgpu.barrier_wait(scratch.v_there.at[before])
+        use = functools.partial(weigh, masked, i, maximum=maximum, total=total)
+        factors = (q_block, transposed(scratch.k.at[slot])), (p, scratch.v.at[before])
+        (maximum, total, p, decay), weighted = products.fresh_and_added(*factors, weighted, meet, use)
+        plgpu.barrier_arrive(scratch.v_free.at[before])
         weighted = weighted * over_columns(decay, value_width)
-        p = (p if weight is None else p * weight).astype(scratch.v.dtype)
-        plgpu.barrier_arrive(scratch.turn)
-        plgpu.barrier_wait(scratch.v_there.at[slot])
-        plgpu.barrier_wait(scratch.turn)
-        weighted = products.added(weighted, p, scratch.v.at[slot])
-        plgpu.barrier_arrive(scratch.v_free.at[slot])
-        return greatest, total, weighted
+        return maximum, total, p.astype(scratch.v.dtype), weighted
+
+    def last(i, sums):
+        maximum, total, p, weighted = sums
+        plgpu.barrier_wait(scratch.v_there.at[lax.rem(i, ahead)])
+        return maximum, total, products.added(weighted, p, scratch.v.at[lax.rem(i, ahead)])
 
     layouts = ACROSS, ACROSS, plgpu.Layout.WGMMA
     if carry:
@@ -187,9 +203,11 @@ def _gather(language: Language, products: Products, place, mine, warpgroup, q, c
         sums = tuple(map(filled, shapes, values, layouts))
     # One warpgroup meets once before, the other once after: each multiplies while the other has its exponentials.
     pl.when(warpgroup == 1)(meet)
-    whole, live = table[place, WHOLE], table[place, LIVE]
-    sums = lax.fori_loop(0, whole, functools.partial(step, False), sums)
+    whole, live = jnp.maximum(table[place, WHOLE], 1), jnp.maximum(table[place, LIVE], 1)
+    sums = first(*sums)
+    sums = lax.fori_loop(1, whole, functools.partial(step, False), sums)
     sums = lax.fori_loop(whole, live, functools.partial(step, True), sums)
+    sums = last(live - 1, sums)
     pl.when(warpgroup == 0)(meet)
     return sums
 

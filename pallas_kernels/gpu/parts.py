@@ -130,6 +130,25 @@ class Products(NamedTuple):
             return sums
         return pl.run_state(lambda ref: plgpu.wgmma(ref, a, b))(plgpu.ACC.init(sums))
 
+    def fresh_and_added(self, first, second, sums, meanwhile: Callable, use: Callable):
+        """(use(a b), sums + c d) for first = (a, b) and second = (c, d), c in registers.
+
+        Both are asked for at once, then `meanwhile` is done; `use` has the first while the second is computed.
+        """
+        if self.interpreted:
+            return use(self.fresh(*first, meanwhile)), self.added(sums, *second)
+
+        def multiply(product, added):
+            added[...] = sums
+            plgpu.wgmma(product, *first)
+            plgpu.wgmma(added, *second)
+            meanwhile()
+            used = use(plgpu.wgmma_accumulator_load(product, wait_n=1))
+            return used, added[...]
+
+        shape = first[0].shape[0], first[1].shape[1]
+        return pl.run_scoped(multiply, plgpu.ACC(shape, jnp.float32), plgpu.ACC(sums.shape, jnp.float32))
+
 
 class Language(NamedTuple):
     """What is made of the products of queries and keys.

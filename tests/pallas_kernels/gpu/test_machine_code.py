@@ -1,0 +1,112 @@
+"""The kernels by the real compiler of GPUs: machine code for H100 and H200, and rings of GPUs that are not here."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import striate
+from striate import Tokens, masks, scores
+from striate.lib import plan
+from striate.lib.analysis.gpu_schedule import schedule_for
+from striate.lib.attention import EXPERIMENTAL
+from striate.lib.parallel import Ring
+
+pytestmark = pytest.mark.gpu
+
+WIDTHS = [(64, 64), (128, 128), (192, 128), (256, 256)]
+PACKED = masks.causal() & masks.same("document")
+RULE = masks.parse(
+    "causal() & same('document') & (window(400) | sink(3)) | prefix() & modulo('position', 'position', 3)"
+)
+SCORES = {
+    "softcap": scores.softcap(50.0),
+    "alibi": scores.alibi(np.float32([0.5, 0.25, 0.1, 0.05])),
+    "sigmoid": scores.sigmoid(-1.0),
+}
+
+
+@pytest.fixture(autouse=True)
+def _asked_for(monkeypatch):
+    monkeypatch.setenv(EXPERIMENTAL, "pallas_gpu")
+
+
+def arrays(length: int, heads=4, kv_heads=2, width=128, value_width=None, dtype=jnp.bfloat16, mesh=None):
+    """Shapes of (q, k, v, tokens), cut over the mesh axis "sequence"."""
+    sharding = NamedSharding(mesh, P(None, "sequence")) if mesh else None
+
+    def shape(*dimensions, dtype=dtype):
+        return jax.ShapeDtypeStruct((1, length, *dimensions), dtype, sharding=sharding)
+
+    field = shape(dtype=jnp.int32)
+    value = shape(kv_heads, value_width or width)
+    return shape(heads, width), shape(kv_heads, width), value, Tokens(field, field, prefix=field)
+
+
+def both_passes(mask, score=None, parallel=None):
+    def loss(q, k, v, tokens):
+        how = {"implementation": "pallas_gpu", "parallel": parallel, "q_tokens": tokens, "k_tokens": tokens}
+        return striate.attention(q, k, v, mask=mask, score=score, **how).astype(jnp.float32).sum()
+
+    return jax.grad(loss, argnums=(0, 1, 2))
+
+
+@pytest.mark.parametrize(("width", "value_width"), WIDTHS)
+def test_registers_suffice_and_the_matrix_unit_is_what_is_waited_for(width, value_width):
+    _, kernels = schedule_for("h200:1", both_passes(PACKED), *arrays(4096, width=width, value_width=value_width))
+    assert len(kernels) == (4 if width + value_width > 256 else 3)
+    for kernel in kernels:
+        assert (kernel.spills, kernel.warnings) == (0, ()), kernel
+        whole, masked = kernel.loops
+        assert masked.columns == whole.columns > 0 and not (whole.serialised or masked.serialised)
+        assert sum(masked.instructions.values()) > sum(whole.instructions.values())
+        cycles = whole.cycles(warpgroups=2)
+        assert cycles["matrix"] > 0.95 * max(cycles.values()), cycles
+
+
+@pytest.mark.parametrize("name", SCORES)
+def test_scores(name):
+    _, kernels = schedule_for("h100:1", both_passes(RULE, SCORES[name]), *arrays(2048, kv_heads=4))
+    assert len(kernels) == 3 and not any(loop.serialised for kernel in kernels for loop in kernel.loops)
+
+
+def permutes(program: str) -> list[bool]:
+    """For every permute of a scheduled program, whether a kernel runs between its start and its end."""
+    found, open_ones = [], {}
+    for line in program.splitlines():
+        if start := re.match(r"\s*%(collective-permute-start[.\d]*) = ", line):
+            open_ones[start[1]] = False
+        elif end := re.search(r"collective-permute-done\(%(collective-permute-start[.\d]*)\)", line):
+            found.append(open_ones.pop(end[1]))
+        elif re.search(r" collective-permute\(", line):
+            found.append(False)
+        elif 'custom_call_target="mosaic_gpu' in line:
+            open_ones = dict.fromkeys(open_ones, True)
+    return found
+
+
+def test_the_reader_of_permutes_sees_one_that_nothing_hides():
+    start, end = (
+        "  %collective-permute-start.3 = (f32[])",
+        "  %x = collective-permute-done(%collective-permute-start.3)",
+    )
+    kernel = '  %y = custom-call(%a), custom_call_target="mosaic_gpu_v2"'
+    assert permutes("\n".join([start, kernel, end])) == [True]
+    assert permutes("\n".join([start, end, kernel])) == [False]
+    assert permutes("  %z = f32[] collective-permute(%a), channel_id=1") == [False]
+
+
+@pytest.mark.parametrize("count", [8, pytest.param("2x8", marks=pytest.mark.slow)])
+def test_a_ring_computes_while_keys_travel(count):
+    topology = f"h200:{count}"
+    mesh = Mesh(np.array(plan.describe(topology)), ("sequence",))
+    compiled = plan.compile_for(
+        topology, both_passes(PACKED, parallel=Ring(mesh)), *arrays(mesh.size * 4096, mesh=mesh)
+    )
+    hidden = permutes(compiled.as_text())
+    # Forward, backward, and the steps before and after their loops; the last gradients come home after all the work.
+    assert len(hidden) > 4 and all(hidden[:-2]) and hidden.count(False) == 1, hidden
