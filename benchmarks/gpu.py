@@ -9,7 +9,8 @@ causal: bfloat16, 16 heads, D = 128 up to 32k tokens, D = 64 and 256 at 8k, forw
 masks: at 32k a window of 1024, documents of 2k, a prefix, softcap and ALiBi, beside FlexAttention where torch is.
 ring: 256k tokens on 8 devices that are one after the other this one: every pair of shards is timed alone, and a step
 takes as long as its slowest device; striped and zigzag against contiguous, and each against one kernel for all.
-decode: one query for each of 16 rows, 32 heads for 8 of keys, a cache of 64k tokens: share of the measured bandwidth.
+decode: one query for each of 16 rows, 32 heads for 8 of keys, a cache of 64k tokens: share of the measured bandwidth;
+the keys in one piece, then in pages of 64 tokens that lie anywhere.
 
 Every part is written to FILE as soon as it is done; one that fails leaves its error there, and the others go on. The
 limit beside the figures is the rate of a large product of matrices, measured in the same run. Nothing outside this
@@ -37,6 +38,7 @@ import numpy as np
 
 from striate import Tokens, masks, scores
 from striate.lib.attention import attention
+from striate.lib.decoding.paging import paged_attention
 from striate.lib.layouts import Contiguous, Striped, ZigZag
 
 SHAPES = [("bfloat16", 64, 64), ("bfloat16", 128, 128), ("float16", 128, 128)]
@@ -194,21 +196,30 @@ class Parts:
         return found
 
     def decode(self) -> dict:
-        batch, length, kv_heads, width = (2, 256, 2, 64) if self.tiny else (16, 65536, 8, 128)
+        batch, length, kv_heads, width, page = (2, 256, 2, 64, 64) if self.tiny else (16, 65536, 8, 128, 64)
         keys = jax.random.split(jax.random.key(0), 3)
         q = jax.random.normal(keys[0], (batch, 1, 4 * kv_heads, width), jnp.bfloat16)
         k, v = (jax.random.normal(key, (batch, length, kv_heads, width), jnp.bfloat16) for key in keys[1:])
         k_tokens, at = Tokens.arange(batch, length), np.full((batch, 1), length - 1, np.int32)
+        how = {"q_tokens": Tokens(position=at), "mask": masks.causal(), "implementation": self.name}
+        places = np.random.default_rng(0).permutation(batch * length // page).reshape(batch, -1).astype(np.int32)
 
         @jax.jit
-        def one(q, k, v):
-            how = {"q_tokens": Tokens(position=at), "k_tokens": k_tokens, "implementation": self.name}
-            return attention(q, k, v, mask=masks.causal(), **how)
+        def one_piece(q, k, v):
+            return attention(q, k, v, k_tokens=k_tokens, **how)
 
-        taken, size = seconds(one, q, k, v), k.nbytes + v.nbytes
+        @jax.jit
+        def in_pages(q, k, v):
+            pages = (x.reshape(-1, page, kv_heads, width) for x in (k, v))
+            return paged_attention(q, *pages, places, k_tokens=k_tokens, **how)
+
         # Read and written.
         bandwidth = 2 * k.nbytes / seconds(jax.jit(lambda x: x + 1), k)
-        return {"GB/s": size / taken / 1e9, "bandwidth, GB/s": bandwidth / 1e9, "share": size / taken / bandwidth}
+        found, size = {"bandwidth, GB/s": bandwidth / 1e9}, k.nbytes + v.nbytes
+        for name, attend in {"one piece": one_piece, f"pages of {page}": in_pages}.items():
+            rate = size / seconds(attend, q, k, v)
+            found[name] = {"GB/s": rate / 1e9, "share": rate / bandwidth}
+        return found
 
 
 def attempt(measure: Callable, *arguments):

@@ -20,6 +20,9 @@ from striate.pallas_kernels.gpu import chips as gpu
 # Without a TPU libtpu would else complain that it cannot find out the first two. They change no program.
 NO_TPU = {"TPU_ACCELERATOR_TYPE": "v5p-8", "TPU_WORKER_HOSTNAMES": "localhost", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
 
+# TPUs are left to libtpu, which knows more of them with every version.
+KNOWN = re.compile(rf"(v\d|tpu).*|({'|'.join(gpu.CHIPS)}):([1-9]\d*x)?[1-9]\d*")
+
 # What XLA asks about a GPU; what is the same for all of them stands here as numbers.
 TARGET = """
 gpu_device_info {{
@@ -69,8 +72,11 @@ def describe(topology: str) -> tuple[jax.Device, ...]:
     Raises:
       UserError: the compiler for it is not installed, or it knows no such topology.
     """
+    unknown = f"There is no topology {topology!r}, such as v5p:2x2x1, v6e:2x2, h200:8 or a100:2x8"
+    if not KNOWN.fullmatch(topology):
+        raise UserError(f"{unknown}. GPUs that are known: {', '.join(gpu.CHIPS)}.")
     name, _, extents = topology.partition(":")
-    if name in gpu.CHIPS and re.fullmatch(r"(\d+x)?\d+", extents):
+    if name in gpu.CHIPS:
         return _describe_gpus(gpu.CHIPS[name], extents)
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(f'To compile for {topology} takes the compiler of TPUs, libtpu: pip install "striate[tpu]".')
@@ -80,7 +86,7 @@ def describe(topology: str) -> tuple[jax.Device, ...]:
         return tuple(topologies.get_topology_desc(topology_name=topology, platform="tpu").devices)
     except jax.errors.JaxRuntimeError as error:
         reason = str(error).partition(": ")[2] or error
-        raise UserError(f"There is no topology {topology!r}, such as v5p:2x2x1, v6e:2x2 or h200:8: {reason}") from error
+        raise UserError(f"{unknown}: {reason}") from error
 
 
 def _describe_gpus(chip: gpu.Chip, extents: str) -> tuple[jax.Device, ...]:

@@ -3,7 +3,8 @@
 A kernel that XLA compiles for a GPU comes out as machine code (SASS), whose loops show what every turn of them issues.
 Each unit of a multiprocessor takes so many numbers a cycle (CUDA C++ Programming Guide, throughput of arithmetic
 instructions, capability 9.0), so that a loop cannot take fewer cycles than its busiest unit needs. That is a limit
-and not a time: it sees no wait for memory, for barriers or for results.
+and not a time: it sees no wait for memory, for barriers or for results. Branches within a loop count as taken, all of
+them, so that it is too high where warps take one or the other.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any
 from unittest import mock
 
 import jax
+import jax.experimental.pallas.mosaic_gpu  # sets MOSAIC_GPU_CUDA_ROOT when it is first imported, so before we do
 
 from striate.lib.errors import UserError
 from striate.lib.plan import compile_for
@@ -28,14 +30,19 @@ from striate.lib.plan import compile_for
 LINE = re.compile(r"\s*\S+:.:.:.:(?P<stall>\d\d)\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?(?P<text>[^;]+?)\s*;?\s*$")
 LABEL = re.compile(r"(?P<name>\.L_x_\d+):")
 BRANCH = re.compile(r"BRA `\((?P<target>\.L_x_\d+)\)")
+# Equal kernels of a program have one hash, and are compiled once.
+HASH = re.compile(r'kernel_hash = ("(?:[^"\\]|\\.)*")')
 PRODUCT = re.compile(r"HGMMA\.64x(?P<columns>\d+)x16\.")
 # 4096 operations of 16-bit numbers a cycle, two for each pair that is multiplied: 64 x 16 pairs for every column.
 COLUMNS_A_CYCLE = 2
 SCHEDULERS, LANES = 4, 32
+# Conversions other than packed ones go where exponentials do; moves, comparisons and choices, of float32 too, where
+# integers do (Nsight Compute, pipelines XU and ALU).
+INTEGERS = ("IADD3", "VIADD", "IABS", "IMNMX", "VIMNMX", "LEA", "LOP3", "SHF", "PRMT", "MOV", "SEL", "ISETP", "PLOP3")
 # Results a cycle of a multiprocessor, and the instructions that go there.
 UNITS = {
-    "exponentials": (16, ("MUFU",)),
-    "integers": (64, ("FMNMX", "FSEL", "F2FP", "ISETP", "FSETP", "LOP3", "SHF", "SEL", "IADD3", "LEA", "PLOP3", "I2F")),
+    "exponentials": (16, ("MUFU", "I2F", "F2I", "FRND", "POPC")),
+    "integers": (64, (*INTEGERS, "FMNMX", "FSEL", "FSETP", "F2FP", "I2FP")),
     "shuffles": (32, ("SHFL",)),
 }
 
@@ -106,30 +113,33 @@ def _kernel(log: Path, code: Path) -> Kernel:
 
 
 def _loops(lines: list[str]) -> tuple[Loop, ...]:
-    code, labels = [], {}
+    code, labels, exits = [], {}, []
     for line in lines:
         if label := LABEL.match(line):
             labels[label["name"]] = len(code)
         elif found := LINE.match(line):
-            code.append((int(found["stall"]), "@" in line, found["text"]))
+            code.append((int(found["stall"]), found["text"]))
+            if found["text"] == "EXIT" and "@" not in line:
+                exits.append(len(code))
     spans = []
-    for end, (_, conditional, text) in enumerate(code):
-        # What always jumps back is a wait that was moved out of the way.
+    for end, (_, text) in enumerate(code, start=1):
         branch = BRANCH.match(text)
-        if branch and conditional and labels[branch["target"]] <= end:
-            spans.append((labels[branch["target"]], end + 1))
-    loops = [span for span in spans if any(PRODUCT.match(text) for _, _, text in code[slice(*span)])]
+        start = labels[branch["target"]] if branch else end
+        # Waits were moved out of the way, behind the end of the program, and jump back from there.
+        if start < end and not any(start < place < end for place in exits):
+            spans.append((start, end))
+    loops = [span for span in spans if any(PRODUCT.match(text) for _, text in code[slice(*span)])]
     inner = [a for a in loops if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
     return tuple(_loop(code[slice(*span)]) for span in sorted(inner))
 
 
 def _loop(code) -> Loop:
-    products = [text for _, _, text in code if PRODUCT.match(text)]
+    products = [text for _, text in code if PRODUCT.match(text)]
     return Loop(
-        instructions=Counter(text.split()[0].split(".")[0] for _, _, text in code),
+        instructions=Counter(text.split()[0].split(".")[0] for _, text in code),
         columns=sum(int(PRODUCT.match(text)["columns"]) for text in products),
         serialised=len(products) > 1 and all("gsb" in text for text in products),
-        stalls=sum(stall for stall, _, _ in code),
+        stalls=sum(stall for stall, _ in code),
     )
 
 
@@ -140,7 +150,7 @@ def schedule_for(topology: str, function: Callable[..., Any], *args: Any) -> tup
       topology, function, args: those of striate.lib.plan.compile_for.
 
     Returns:
-      The compiled function, and its kernels in the order in which they were compiled.
+      The compiled function, and its kernels in the order in which they were compiled, equal ones once.
 
     Raises:
       UserError: the compiler or the disassembler is not installed, or this process has compiled the kernels before.
@@ -154,7 +164,7 @@ def schedule_for(topology: str, function: Callable[..., Any], *args: Any) -> tup
         with mock.patch.dict(os.environ, given):
             compiled = compile_for(topology, function, *args)
         kernels = read(Path(folder))
-    if len(kernels) < len(re.findall(r'custom_call_target="mosaic_gpu', compiled.as_text())):
+    if len(kernels) < len(set(HASH.findall(compiled.as_text()))):
         raise UserError(
             f"The compiler wrote {len(kernels)} kernels, and the program has more: it compiles each only once in a "
             "process. Read the schedule first."

@@ -33,10 +33,12 @@ def paged_attention(
 ):
     """Attention to keys and values in pages of L tokens, which the rows of a batch share as the table says.
 
-    On a TPU a kernel reads the pages where they lie, each once, and those that the mask hides never. It takes up to 16
-    queries and pages of a multiple of 128 tokens, or, where widths are multiples of 128, of 8, 16, 32 or 64; of a mask
-    with switches per head it reads them once for each formula. Elsewhere, for more queries, for other pages and for a
-    low-rank bias the pages of a row are put together first, and so they are for gradients.
+    Kernels read the pages where they lie, each once, and those that the mask hides never; for a mask with switches per
+    head they read them once for each formula. That of a TPU takes up to 16 queries and pages of a multiple of 128
+    tokens, or, where widths are multiples of 128, of 8, 16, 32 or 64. That of a GPU ("pallas_gpu") takes up to 128
+    queries of a group of heads, widths that are multiples of 64 and pages of a multiple of 8 tokens. Elsewhere, for
+    more queries, for other pages and for a low-rank bias the pages of a row are put together first, and so they are for
+    gradients.
 
     Args:
       q_BTHD: queries, (batch, length, heads, head_dim), a floating dtype.
@@ -64,7 +66,7 @@ def paged_attention(
     held = jnp.repeat((table_BN >= 0).astype(jnp.int32), k_PLKD.shape[1], axis=1)
     arrays = score, q_BTHD, k_PLKD, v_PLKV, table_BN, q_tokens, k_tokens.replace(**{HELD: held})
     mask = mask & masks.key(HELD, 1, 1)
-    in_place = form.startswith("pallas_tpu") and _fits(score, q_BTHD, k_PLKD, v_PLKV)
+    in_place = form.startswith("pallas") and _fits(form, score, q_BTHD, k_PLKD, v_PLKV)
     out, lse = (_in_place if in_place else _put_together)(mask, scale, form, *arrays)
     return (out, lse) if return_lse else out
 
@@ -82,15 +84,12 @@ def _put_together(mask, scale, form, score, q, k_pages, v_pages, table, q_tokens
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _in_place(mask, scale, form, score, q, k_pages, v_pages, table, q_tokens, k_tokens):
-    # Imported when asked for: Pallas takes a moment.
-    from striate.pallas_kernels.tpu.decode import Decode
-
     heads, pages = q.shape[2], table.shape[1]
     out, lse = jnp.zeros((*q.shape[:3], v_pages.shape[3]), v_pages.dtype), jnp.zeros(q.shape[:3], jnp.float32)
     fields = q_tokens.as_queries().fields(), k_tokens.fields()
     in_tiles = jax.tree.map(lambda x: x.astype(jnp.float32), score)
     for formula, members in mask.by_formula(heads).items():
-        kernel = Decode.over_pages(formula, scale, q, k_pages, pages, interpret=form.endswith("interpret"))
+        kernel = _kernel(form).over_pages(formula, scale, q, k_pages, pages, interpret=form.endswith("interpret"))
         own = kernel.attend_pages(in_tiles, q, k_pages, v_pages, table, *fields)
         chosen = jnp.isin(jnp.arange(heads), jnp.array(members))
         out = jnp.where(chosen[None, None, :, None], own[0].astype(out.dtype), out)
@@ -111,12 +110,22 @@ def _backward(mask, scale, form, arrays, cotangents):
 _in_place.defvjp(_forward, _backward)
 
 
-def _fits(score, q_BTHD, k_PLKD, v_PLKV) -> bool:
-    """Whether the kernel takes these arrays as they are."""
+def _kernel(form: str):
+    """The kernel of few queries that reads pages."""
+    # Imported when asked for: Pallas takes a moment.
+    if "gpu" in form:
+        from striate.pallas_kernels.gpu.attention import Few
+
+        return Few
     from striate.pallas_kernels.tpu.decode import Decode
 
+    return Decode
+
+
+def _fits(form: str, score, q_BTHD, k_PLKD, v_PLKV) -> bool:
+    """Whether the kernel takes these arrays as they are."""
     parts = score.parts if isinstance(score, scores.Composed) else (score,)
-    fits = Decode.suits(q_BTHD) and Decode.takes_pages(k_PLKD, v_PLKV)
+    fits = _kernel(form).takes_pages(q_BTHD, k_PLKD, v_PLKV)
     return fits and not any(isinstance(part, LowRankBias) for part in parts)
 
 

@@ -7,6 +7,8 @@ filled up to whole rows of shared memory, lengths to whole blocks.
 from __future__ import annotations
 
 import dataclasses
+import os
+import re
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -14,29 +16,25 @@ import jax
 import jax.numpy as jnp
 
 from striate.lib import masks
-from striate.lib.tiles import INSIDE, Partial, Tiled, zeros
+from striate.lib.tiles import Partial, Tiled, natural, zeros
 from striate.pallas_kernels.common import LN2, LOG2E, flatten, is_plain, stacked
-from striate.pallas_kernels.gpu import backward, forward
+from striate.pallas_kernels.gpu import backward, backward_adding, forward
 from striate.pallas_kernels.gpu.parts import TILE, Language
 from striate.pallas_kernels.gpu.rows import live_rows
 
 LANES = 64  # numbers of 16 bits in a row of shared memory
+PIECE = 8  # tokens: no fewer are copied at a time
+PART = "_part"  # of the keys
 MULTIPROCESSORS = 132  # of H100 and H200: as many rows of blocks have work at once
 WIDEST = 256  # of a product of matrices; and of head_dim and value width together, where one kernel gathers dk and dv
 
 
 @dataclass(frozen=True)
 class Kernel(Tiled):
-    """Attention by the kernels of forward.py and backward.py.
-
-    Attributes:
-      parts: how many rows of blocks there are of the same queries, each with a part of the keys.
-    """
+    """Attention by the kernels of forward.py and backward.py."""
 
     interpret: ClassVar[Any] = False
     unit: ClassVar[float] = LN2
-
-    parts: int = 1
 
     @classmethod
     def choose_tile(cls, mask, q_BTHD, k_BSKD):
@@ -44,17 +42,18 @@ class Kernel(Tiled):
 
     @classmethod
     def plan_attend(cls, mask, scale, q_BTHD, k_BSKD):
-        if q_BTHD.shape[1] * q_BTHD.shape[2] // k_BSKD.shape[2] > TILE:
+        if not Few.suits(q_BTHD, k_BSKD):
             return super().plan_attend(mask, scale, q_BTHD, k_BSKD)
         return dataclasses.replace(Few.plan(mask, scale, q_BTHD, k_BSKD), kernel=cls)
 
-    def forward(self, score, q, k, v, query_fields, key_fields, partial):
+    def forward(self, score, q, k, v, query_fields, key_fields, partial, pages=None):
+        """As for every Tiled; with `pages`, int32 (B, n), k and v are pages, (P, L, K, D) and (P, L, K, V)."""
         maximum, total, weighted = map(flatten, partial)
         arrays = _wide(flatten(q)), _wide(k), _wide(v)
-        scratch, k_tile = forward.Scratch.of(arrays[0], arrays[2], self.tile)
+        scratch, k_tile = forward.Scratch.of(arrays[0], arrays[2], self.tile, 0 if pages is None else k.shape[1])
         language = self._language((self.tile[0], k_tile), score, arrays[0].shape[1], query_fields, key_fields)
         carry = maximum, total, _wide(weighted)
-        *row, weighted = forward.forward(language, scratch, self.interpret, *arrays, carry)
+        *row, weighted = forward.forward(language, scratch, self.interpret, *arrays, carry, pages)
         done = *row, weighted[..., : v.shape[-1]]
         return Partial(*(x.reshape(like.shape) for x, like in zip(done, partial, strict=True)))
 
@@ -83,22 +82,35 @@ class Kernel(Tiled):
         lse = LOG2E * jnp.where(jnp.isfinite(lse), lse, 0.0)
         rows = _wide(flatten(d_out.astype(q.dtype))), flatten(lse), flatten(delta)
         given = backward.Given(_wide(flatten(q)), _wide(k), _wide(v), *rows)
-        heads, (q_tile, k_tile) = given.q.shape[1], self.tile
-        scratch, columns = backward.Scratch.of(given.q, given.v, q_tile, k_tile)
-        language = self._language((q_tile, columns), score, heads, query_fields, key_fields)
-        dq, *shares = backward.of_queries(language, scratch, self.interpret, given, dtype)
-        scratch, columns = backward.Scratch.of(given.q, given.v, k_tile, q_tile)
-        language = self._language((columns, k_tile), score, heads, query_fields, key_fields, transposed=True)
-        both = [("dk", "dv")] if given.k.shape[-1] + given.v.shape[-1] <= WIDEST else [("dk",), ("dv",)]
-        parts = (backward.of_keys(language, scratch, self.interpret, given, wanted, dtype) for wanted in both)
-        dk, dv = (x for part in parts for x in part)
+        fields = score, given.q.shape[1], query_fields, key_fields
+        adding = backward_adding.fits(given, self.tile) and not _same_bits()
+        dq, dk, dv, *shares = (self._adding if adding else self._apart)(given, fields, dtype)
         leaves, tree = jax.tree.flatten(score)
         if shares:
             d_leaves = [x.sum((0, 2)) if leaf.ndim else x.sum() for x, leaf in zip(shares, leaves, strict=True)]
         else:
             d_leaves = [jnp.zeros_like(leaf) for leaf in leaves]
-        dq = dq[..., : q.shape[-1]].reshape(q.shape)
+        dq = dq[..., : q.shape[-1]].reshape(q.shape).astype(dtype)
         return tree.unflatten(d_leaves), dq, dk[..., : k.shape[-1]], dv[..., : v.shape[-1]]
+
+    def _adding(self, given: backward.Given, fields: tuple, dtype):
+        """(dq, dk, dv, what is given to the parameters ...) by one kernel."""
+        q_tile, k_tile = self.tile
+        scratch, columns = backward_adding.Scratch.of(given.q, given.v, k_tile, q_tile)
+        language = self._language((columns, k_tile), *fields, transposed=True)
+        return backward_adding.gradients(language, scratch, self.interpret, given, dtype)
+
+    def _apart(self, given: backward.Given, fields: tuple, dtype):
+        """The same by a kernel for queries and one for keys, or two for keys where both sums have no place in one."""
+        q_tile, k_tile = self.tile
+        scratch, columns = backward.Scratch.of(given.q, given.v, q_tile, k_tile, queries_pass=False)
+        language = self._language((q_tile, columns), *fields)
+        dq, *shares = backward.of_queries(language, scratch, self.interpret, given, dtype)
+        scratch, columns = backward.Scratch.of(given.q, given.v, k_tile, q_tile, queries_pass=True)
+        language = self._language((columns, k_tile), *fields, transposed=True)
+        both = [("dk", "dv")] if given.k.shape[-1] + given.v.shape[-1] <= WIDEST else [("dk",), ("dv",)]
+        parts = (backward.of_keys(language, scratch, self.interpret, given, wanted, dtype) for wanted in both)
+        return dq, *(x for part in parts for x in part), *shares
 
     def _language(self, tile, score, heads: int, query_fields, key_fields, transposed: bool = False) -> Language:
         leaves, tree = jax.tree.flatten(score)
@@ -108,10 +120,6 @@ class Kernel(Tiled):
                 f"tables {tables}: use implementation='xla'."
             )
         verdict = dataclasses.replace(self, tile=tile).verdicts(query_fields, key_fields)
-        if self.parts > 1:
-            row, column = (jax.lax.broadcasted_iota(jnp.int32, verdict.shape, axis) for axis in (1, 2))
-            own = row % self.parts == column * self.parts // verdict.shape[2]
-            verdict = jnp.where(own, verdict, masks.NONE)
         table = live_rows(verdict.swapaxes(1, 2) if transposed else verdict)
         names, *fields = stacked(self.mask, score, query_fields, key_fields)
         parameters = [] if is_plain(score) else [jnp.broadcast_to(leaf, (heads,)) for leaf in leaves]
@@ -123,30 +131,78 @@ class Few(Tiled):
     """`attend` for so few queries that those of all heads of a group make one row: its keys are read once for all.
 
     Where that makes fewer rows than there are multiprocessors, keys are dealt to several rows, and what these find is
-    merged in float32.
+    merged in float32. Keys and values are read where they lie, in pages or as they came, (B, S, K, D), which is a page
+    for each row of the batch: to put them heads-major would take as long as to attend to them.
     """
 
     kernel: type[Kernel] = Kernel
+
+    @staticmethod
+    def suits(q_BTHD, k_BSKD) -> bool:
+        """Whether the queries of a group are few enough."""
+        return q_BTHD.shape[1] * q_BTHD.shape[2] // k_BSKD.shape[2] <= TILE
+
+    @classmethod
+    def takes_pages(cls, q_BTHD, k_pages, v_pages) -> bool:
+        """Whether pages can be read where they lie: in whole tiles of shared memory."""
+        widths = k_pages.shape[3], v_pages.shape[3]
+        fits = max(widths) <= WIDEST and not any(width % LANES for width in widths) and k_pages.shape[1] % PIECE == 0
+        return fits and cls.suits(q_BTHD, k_pages)
 
     @classmethod
     def choose_tile(cls, mask, q_BTHD, k_BSKD):
         return q_BTHD.shape[1], TILE
 
+    @classmethod
+    def over_pages(cls, mask, scale: float, q_BTHD, k_pages, pages: int, interpret: bool) -> Few:
+        """For these shapes and a table of so many pages for each row of the batch."""
+        whole = jax.ShapeDtypeStruct((len(q_BTHD), pages * k_pages.shape[1], *k_pages.shape[2:]), k_pages.dtype)
+        return dataclasses.replace(cls.plan(mask, scale, q_BTHD, whole), kernel=Interpreted if interpret else Kernel)
+
+    def keys_or_values(self, x_BSKD):
+        return super().keys_or_values(x_BSKD).swapaxes(1, 2)
+
+    def attend_pages(self, score, q_BTHD, k_pages, v_pages, table, q_tokens, k_tokens):
+        """(out (B, T, H, V), lse (B, T, H)), float32, where keys lie in pages.
+
+        Args:
+          k_pages, v_pages: (P, L, K, D) and (P, L, K, V).
+          table: int32 (B, n), the pages of a row; negative where there is none.
+          q_tokens, k_tokens: fields (B, T) and (B, n L).
+        """
+        q, length = self.queries(score, q_BTHD, k_pages.shape[2]), q_BTHD.shape[1]
+        sides = self.sides(score, q_tokens, k_tokens)
+        # A block may have pages that are not there beside others: what stands for them is hidden, but has to be finite.
+        table = jnp.clip(jnp.where(table < 0, table.max(1, keepdims=True), table), 0, len(k_pages) - 1)
+        missing = -(-sides[1]["position"].shape[1] // k_pages.shape[1]) - table.shape[1]
+        table = jnp.pad(table.astype(jnp.int32), ((0, 0), (0, missing)), mode="edge")
+        return tuple(natural(x, length) for x in self._attend(score, q, k_pages, v_pages, *sides, table))
+
     def attend(self, score, q, k, v, query_fields, key_fields):
+        return self._attend(score, q, k, v, query_fields, key_fields, jnp.arange(len(k), dtype=jnp.int32)[:, None])
+
+    def _attend(self, score, q, k, v, query_fields, key_fields, pages):
         batch, heads, group, length, width = q.shape
         # Heads that have parameters of their own have rows of their own.
         together = 1 if any(leaf.ndim for leaf in jax.tree.leaves(score)) and not is_plain(score) else group
         rows, apart = together * length, group // together
-        parts = max(1, min(k.shape[2] // TILE, MULTIPROCESSORS // (batch * heads * apart)))
+        blocks = key_fields["position"].shape[1] // TILE
+        parts = max(1, min(blocks, MULTIPROCESSORS // (batch * heads * apart)))
 
         def copies(x, axis):
-            x = jnp.pad(x, [(0, TILE - rows if i == axis else 0) for i in range(x.ndim)])
+            # What fills up a row sees what its last query sees, so that it needs no mask where that needs none.
+            x = jnp.pad(x, [(0, TILE - rows if i == axis else 0) for i in range(x.ndim)], mode="edge")
             return jnp.concatenate([x] * parts, axis)
 
-        fields = {name: copies(jnp.tile(x, (1, together)), 1) for name, x in query_fields.items()}
+        def dealt(number, of):
+            return jnp.broadcast_to(jnp.repeat(number, TILE), of["position"].shape)
+
+        query_fields = {name: copies(jnp.tile(x, (1, together)), 1) for name, x in query_fields.items()}
+        query_fields[PART] = dealt(jnp.arange(parts), query_fields)
+        key_fields = {**key_fields, PART: dealt(jnp.arange(blocks) * parts // blocks, key_fields)}
         q = copies(q.reshape(batch, heads, apart, rows, width), 3)
-        kernel = self.kernel(self.mask & masks.query(INSIDE, 1, 1), self.scale, (TILE, TILE), parts)
-        partial = kernel.forward(score, q, k, v, fields, key_fields, Partial.empty(q, v.shape[-1]))
+        kernel = self.kernel(self.mask & masks.same(PART) if parts > 1 else self.mask, self.scale, (TILE, TILE))
+        partial = kernel.forward(score, q, k, v, query_fields, key_fields, Partial.empty(q, v.shape[-1]), pages)
         partial = [x.reshape(batch, heads, apart, parts, TILE, *x.shape[4:])[:, :, :, :, :rows] for x in partial]
         out, lse = _merged(*partial).finish(kernel.unit, score.normalised)
         return out.reshape(batch, heads, group, length, -1), lse.reshape(batch, heads, group, length)
@@ -167,6 +223,14 @@ class Interpreted(Kernel):
         from jax.experimental.pallas import mosaic_gpu as plgpu
 
         return plgpu.InterpretGPUParams()
+
+
+def _same_bits() -> bool:
+    """Whether XLA is asked for programs whose reruns are equal to the bit."""
+    flags = re.findall(
+        r"--xla_gpu_(?:deterministic|exclude_nondeterministic)_ops(?:=(\w+))?", os.environ.get("XLA_FLAGS", "")
+    )
+    return any(value in ("", "true", "1") for value in flags)
 
 
 def _wide(x):

@@ -59,15 +59,18 @@ class Scratch(NamedTuple):
     there: plgpu.Barrier
     values_there: plgpu.Barrier
     free: plgpu.Barrier
+    lse: plgpu.SMEM | None  # (stages, columns), where queries pass by; and so is delta
+    delta: plgpu.SMEM | None
 
     @classmethod
-    def of(cls, q, v, rows: int, tile: int) -> tuple[Scratch, int]:
-        """And the columns of a block, of a tile of so many."""
+    def of(cls, q, v, rows: int, tile: int, queries_pass: bool, beside: int = 0) -> tuple[Scratch, int]:
+        """And the columns of a block, of a tile of so many; `beside` bytes are for others."""
         width, value_width, dtype = q.shape[3], v.shape[3], q.dtype
         share, a_token = rows // CONSUMERS, (width + value_width) * dtype.itemsize
-        length = passing_length(tile, 64, rows * a_token, a_token)
-        ahead = stages(rows * a_token, length * a_token)
-        there = plgpu.Barrier(num_barriers=ahead)
+        length = passing_length(tile, 64, rows * a_token + beside, a_token)
+        ahead = stages(rows * a_token + beside, length * a_token)
+        a_row = plgpu.SMEM((ahead, length), jnp.float32) if queries_pass else None
+        there = plgpu.Barrier(num_arrivals=2 if queries_pass else 1, num_barriers=ahead)
         scratch = cls(
             tiled(CONSUMERS, share, width, dtype=dtype),
             tiled(CONSUMERS, share, value_width, dtype=dtype),
@@ -77,6 +80,8 @@ class Scratch(NamedTuple):
             there,
             there,
             plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=ahead),
+            a_row,
+            a_row,
         )
         return scratch, length
 
@@ -100,21 +105,30 @@ def of_queries(language: Language, scratch: Scratch, interpret, given: Given, dt
     """(dq (B, H, T, D) in `dtype`, what every row gives to the gradient of each parameter (B, H, T) ...)."""
     shares = [jax.ShapeDtypeStruct(given.lse.shape, jnp.float32)] * len(language.arrays[3:])
     results = [jax.ShapeDtypeStruct(given.q.shape, dtype), *shares]
-    return _call(_queries, language, scratch, interpret, given, results)
+    return call("attention_dq", _queries, given.q, language, scratch, interpret, given, results)
 
 
 def of_keys(language: Language, scratch: Scratch, interpret, given: Given, wanted: tuple[str, ...], dtype):
     """Those wanted of "dk" (B, K, S, D) and "dv" (B, K, S, V), in `dtype`; the table has keys for rows."""
     shapes = {"dk": given.k.shape, "dv": given.v.shape}
     results = [jax.ShapeDtypeStruct(shapes[name], dtype) for name in wanted]
-    return _call(functools.partial(_keys, wanted), language, scratch, interpret, given, results)
-
-
-def _call(body, language, scratch, interpret, given: Given, results):
-    body = functools.partial(_row_of_blocks, body, language, Products(bool(interpret)))
-    return launch(body, results, language.table.shape[0], results[0].shape[1], scratch, interpret)(
-        *language.arrays, *given
+    return call(
+        "attention_" + "_".join(wanted),
+        functools.partial(_keys, wanted),
+        given.k,
+        language,
+        scratch,
+        interpret,
+        given,
+        results,
     )
+
+
+def call(name: str, body, rows, language: Language, scratch, interpret, given: Given, results, *sums):
+    """The kernel of a row of blocks of `rows`, the queries or the keys of `given`; `sums` are references it adds to."""
+    body = functools.partial(_row_of_blocks, body, rows.shape[2], language, Products(bool(interpret)))
+    kernel = launch(name, body, results, language.table.shape[0], rows.shape[1], scratch, interpret)
+    return kernel(*language.arrays, *given, *sums)
 
 
 class Row(NamedTuple):
@@ -134,40 +148,61 @@ class Row(NamedTuple):
         """The first token of the warpgroup."""
         return self.first + self.warpgroup * self.share
 
+    def queries(self, language: Language, given: Given, length: int, member, i):
+        """Where the i-th block of queries of a row of keys is, of the head that is `member` of the group."""
+        start = language.table[self.place, COLUMNS + i] * length
+        return self.batch, self.head * given.group + member, pl.ds(start, length)
 
-def _row_of_blocks(body, language: Language, products: Products, *refs):
+
+def _row_of_blocks(body, length: int, language: Language, products: Products, *refs):
     count, place = len(language.arrays), lax.axis_index("row")
     given, (*results, scratch) = Given(*refs[count : count + 6]), refs[count + 6 :]
     language = language._replace(arrays=refs[:count])
     number, whole, live = (language.table[place, n] for n in (ROW, WHOLE, LIVE))
-    share, length = scratch.stay.shape[1], (given.q if body is _queries else given.k).shape[2]
-    tile, warpgroup = CONSUMERS * share, lax.axis_index("warpgroup")
+    share, warpgroup = scratch.stay.shape[1], lax.axis_index("warpgroup")
+    tile = CONSUMERS * share
     batch, first = lax.div(number, length // tile), lax.rem(number, length // tile) * tile
     row = Row(place, batch, first, lax.axis_index("head"), whole, live, warpgroup, share)
     body(language, products, given, results, scratch, row)
 
 
 def _copy_blocks(scratch: Scratch, count, block):
-    """What the third warpgroup does: block(i) is the i-th pair of blocks that pass by."""
+    """What the third warpgroup does: block(i) is what passes by the i-th time, in the order of `places`."""
     plgpu.set_max_registers(FEWEST_REGISTERS, action="decrease")
-    ahead = scratch.passing.shape[0]
+    ahead, barriers = scratch.passing.shape[0], (scratch.there, scratch.values_there) * 2
+    places = scratch.passing, scratch.passing_values, scratch.lse, scratch.delta
 
     @pl.loop(0, count)
     def _(i):
         slot = lax.rem(i, ahead)
         pl.when(i >= ahead)(functools.partial(plgpu.barrier_wait, scratch.free.at[slot]))
-        first, second = block(i)
-        plgpu.copy_gmem_to_smem(first, scratch.passing.at[slot], scratch.there.at[slot])
-        plgpu.copy_gmem_to_smem(second, scratch.passing_values.at[slot], scratch.values_there.at[slot])
+        for x, place, barrier in zip(block(i), places, barriers, strict=False):
+            plgpu.copy_gmem_to_smem(x, place.at[slot], barrier.at[slot])
 
 
-def _fetch(scratch: Scratch, warpgroup, *arrays):
+def fetch(scratch: Scratch, warpgroup, *arrays):
     """The blocks that stay with one warpgroup, in shared memory."""
     blocks = scratch.stay.at[warpgroup], scratch.stay_values.at[warpgroup]
     for x, block in zip(arrays, blocks, strict=True):
         plgpu.copy_gmem_to_smem(x, block, scratch.staying.at[warpgroup])
     plgpu.barrier_wait(scratch.staying.at[warpgroup])
     return blocks
+
+
+def copy_queries(language: Language, given: Given, scratch: Scratch, row: Row):
+    """The same for a row of keys: the blocks of queries that see them, head by head."""
+
+    def block(i):
+        rows = row.queries(language, given, scratch.passing.shape[1], lax.div(i, row.live), lax.rem(i, row.live))
+        return tuple(x.at[rows] for x in (given.q, given.d_out, given.lse, given.delta))
+
+    _copy_blocks(scratch, given.group * row.live, block)
+
+
+def over_blocks(row: Row, step, sums):
+    """sums after step(masked, i, sums) of every block of the row."""
+    sums = lax.fori_loop(0, row.whole, functools.partial(step, False), sums)
+    return lax.fori_loop(row.whole, row.live, functools.partial(step, True), sums)
 
 
 def _queries(language: Language, products: Products, given: Given, results, scratch: Scratch, row: Row):
@@ -185,7 +220,7 @@ def _queries(language: Language, products: Products, given: Given, results, scra
     def _():
         plgpu.set_max_registers(MOST_REGISTERS, action="increase")
         mine = row.batch, row.head, pl.ds(row.start, row.share)
-        q_block, d_out_block = _fetch(scratch, row.warpgroup, given.q.at[mine], given.d_out.at[mine])
+        q_block, d_out_block = fetch(scratch, row.warpgroup, given.q.at[mine], given.d_out.at[mine])
         lse, delta = (load(ref.at[mine], ACROSS) for ref in (given.lse, given.delta))
         parameters = language.parameters(row.head)
 
@@ -201,7 +236,7 @@ def _queries(language: Language, products: Products, given: Given, results, scra
                 return dp, over_columns(delta, length)
 
             beside = language.beside(row.batch, starts, s.shape, masked)
-            _, ds, given_to = _gradients(language, s, over_columns(lse, length), of_values, parameters, *beside, masked)
+            _, ds, given_to = gradients(language, s, over_columns(lse, length), of_values, parameters, *beside, masked)
             dq = products.added(dq, ds.astype(scratch.passing.dtype), scratch.passing.at[slot])
             plgpu.barrier_arrive(scratch.free.at[slot])
             return dq, *(share + x.sum(axis=1) for share, x in zip(shares, given_to, strict=True))
@@ -210,8 +245,7 @@ def _queries(language: Language, products: Products, given: Given, results, scra
             filled((row.share, width), 0.0, plgpu.Layout.WGMMA),
             *[filled((row.share,), 0.0, ACROSS)] * len(parameters),
         )
-        sums = lax.fori_loop(0, row.whole, functools.partial(step, False), sums)
-        dq, *shares = lax.fori_loop(row.whole, row.live, functools.partial(step, True), sums)
+        dq, *shares = over_blocks(row, step, sums)
         keep(language.scale * dq, results[0].at[mine], q_block)
         for ref, x in zip(results[1:], shares, strict=True):
             store(x, ref.at[mine])
@@ -221,42 +255,35 @@ def _queries(language: Language, products: Products, given: Given, results, scra
 def _keys(wanted, language: Language, products: Products, given: Given, results, scratch: Scratch, row: Row):
     ahead, length, _ = scratch.passing.shape
 
-    def queries(member, i):
-        start = language.table[row.place, COLUMNS + i] * length
-        return row.batch, row.head * given.group + member, pl.ds(start, length)
-
     @pl.when(row.warpgroup == CONSUMERS)
     def _():
-        def block(i):
-            rows = queries(lax.div(i, row.live), lax.rem(i, row.live))
-            return given.q.at[rows], given.d_out.at[rows]
-
-        _copy_blocks(scratch, given.group * row.live, block)
+        copy_queries(language, given, scratch, row)
 
     @pl.when(row.warpgroup < CONSUMERS)
     def _():
         plgpu.set_max_registers(MOST_REGISTERS, action="increase")
         mine = row.batch, row.head, pl.ds(row.start, row.share)
-        k_block, v_block = _fetch(scratch, row.warpgroup, given.k.at[mine], given.v.at[mine])
+        k_block, v_block = fetch(scratch, row.warpgroup, given.k.at[mine], given.v.at[mine])
 
         def step(member, masked, i, sums):
-            slot, rows = lax.rem(member * row.live + i, ahead), queries(member, i)
+            slot = lax.rem(member * row.live + i, ahead)
+            rows = row.queries(language, given, length, member, i)
             passing, values = scratch.passing.at[slot], scratch.passing_values.at[slot]
             plgpu.barrier_wait(scratch.there.at[slot])
             s = products.fresh(k_block, transposed(passing))
 
             def of_row(ref):
-                return over_rows(load(ref.at[rows], DOWN), row.share)
+                return over_rows(load(ref.at[slot], DOWN), row.share)
 
             def of_values():
                 plgpu.barrier_wait(scratch.values_there.at[slot])
                 if "dk" not in wanted:
                     return jnp.zeros(s.shape, jnp.float32), 0.0
-                return products.fresh(v_block, transposed(values)), of_row(given.delta)
+                return products.fresh(v_block, transposed(values)), of_row(scratch.delta)
 
             beside = language.beside(row.batch, (rows[2].start, row.start), s.shape, masked, keys_are_rows=True)
-            p, ds, _ = _gradients(
-                language, s, of_row(given.lse), of_values, language.parameters(rows[1]), *beside, masked
+            p, ds, _ = gradients(
+                language, s, of_row(scratch.lse), of_values, language.parameters(rows[1]), *beside, masked
             )
             factors = {"dk": (ds, passing), "dv": (p, values)}
             sums = tuple(
@@ -266,19 +293,17 @@ def _keys(wanted, language: Language, products: Products, given: Given, results,
             plgpu.barrier_arrive(scratch.free.at[slot])
             return sums
 
-        def of_member(member, sums):
-            sums = lax.fori_loop(0, row.whole, functools.partial(step, member, False), sums)
-            return lax.fori_loop(row.whole, row.live, functools.partial(step, member, True), sums)
-
         sums = tuple(filled((row.share, ref.shape[3]), 0.0, plgpu.Layout.WGMMA) for ref in results)
-        sums = lax.fori_loop(0, given.group, of_member, sums)
+        sums = lax.fori_loop(
+            0, given.group, lambda member, sums: over_blocks(row, functools.partial(step, member), sums), sums
+        )
         blocks = {"dk": k_block, "dv": v_block}
         for name, ref, x in zip(wanted, results, sums, strict=True):
             keep(language.scale * x if name == "dk" else x, ref.at[mine], blocks[name])
         plgpu.wait_smem_to_gmem(0)
 
 
-def _gradients(language: Language, s, lse, of_values, parameters, query, key, masked: bool):
+def gradients(language: Language, s, lse, of_values, parameters, query, key, masked: bool):
     """(p with its weight, dS of the scaled products, what is given to the parameters) of a block.
 
     of_values() gives dP and delta, when p is there.

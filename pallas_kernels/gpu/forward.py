@@ -12,12 +12,16 @@ step i asks for S of block i and P V of block i - 1 together, and goes on when i
 before it, is always masked, so that it need not be there twice. `forward` takes carries (m, l, acc) and gives them
 back, in float32; `attend` starts from nothing and gives out and lse.
 
+Keys and values are heads-major, (B, K, S, D), or lie in pages of L tokens, (pages, L, K, D), that a table finds for the
+tokens i L .. (i + 1) L - 1 of a row of the batch. A block is then copied in runs, each of one page.
+
 Source: Shah et al. 2024 (FlashAttention-3), section 3.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from typing import NamedTuple
 
 import jax
@@ -65,14 +69,15 @@ class Scratch(NamedTuple):
     turn: plgpu.Barrier
 
     @classmethod
-    def of(cls, q, v, tile: tuple[int, int]) -> tuple[Scratch, int]:
-        """And the keys of a block, k_tile."""
+    def of(cls, q, v, tile: tuple[int, int], page: int = 0) -> tuple[Scratch, int]:
+        """And the keys of a block, k_tile. `page` is the tokens of a page, where keys lie in pages."""
         width, value_width, dtype = q.shape[3], v.shape[3], q.dtype
         a_key, apart = (width + value_width) * dtype.itemsize, width != value_width
         share, staying = tile[0] // CONSUMERS, tile[0] * (4 + (a_key if apart else width * dtype.itemsize))
         k_tile = passing_length(tile[1], 128, staying, a_key)
         ahead = stages(staying, k_tile * a_key)
-        there, free = plgpu.Barrier(num_barriers=ahead), plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=ahead)
+        there = plgpu.Barrier(num_arrivals=k_tile // math.gcd(page, k_tile), num_barriers=ahead)
+        free = plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=ahead)
         scratch = cls(
             tiled(CONSUMERS, share, width, dtype=dtype),
             tiled(CONSUMERS, share, value_width, dtype=dtype) if apart else None,
@@ -89,10 +94,13 @@ class Scratch(NamedTuple):
         return scratch, k_tile
 
 
-def forward(language: Language, scratch: Scratch, interpret, q, k, v, carry):
-    """(m (B, H, T), l (B, H, T), acc (B, H, T, V)) with what the rows listed add to them."""
+def forward(language: Language, scratch: Scratch, interpret, q, k, v, carry, pages=None):
+    """(m (B, H, T), l (B, H, T), acc (B, H, T, V)) with what the rows listed add to them.
+
+    `pages`, int32 (B, n), is the table of pages, for all blocks of keys, where k and v are such.
+    """
     results = [jax.ShapeDtypeStruct(x.shape, jnp.float32) for x in carry]
-    return _call(language, scratch, interpret, (q, k, v), carry, results)
+    return _call(language, scratch, interpret, (q, k, v, *([] if pages is None else [pages])), carry, results)
 
 
 def attend(language: Language, scratch: Scratch, interpret, q, k, v):
@@ -102,14 +110,15 @@ def attend(language: Language, scratch: Scratch, interpret, q, k, v):
 
 
 def _call(language, scratch, interpret, arrays, carry, results):
-    body = functools.partial(_row_of_blocks, language, Products(bool(interpret)), bool(carry))
-    kernel = launch(body, results, language.table.shape[0], arrays[0].shape[1], scratch, interpret)
+    body = functools.partial(_row_of_blocks, language, Products(bool(interpret)), len(arrays), bool(carry))
+    kernel = launch("attention_forward", body, results, language.table.shape[0], arrays[0].shape[1], scratch, interpret)
     return kernel(*language.arrays, *arrays, *carry)
 
 
-def _row_of_blocks(language: Language, products: Products, resume: bool, *refs):
-    count = len(language.arrays)
-    language, (q, k, v, *others, scratch) = language._replace(arrays=refs[:count]), refs[count:]
+def _row_of_blocks(language: Language, products: Products, arrays: int, resume: bool, *refs):
+    count, scratch = len(language.arrays), refs[-1]
+    language = language._replace(arrays=refs[:count])
+    (q, k, v, *pages), others = refs[count : count + arrays], refs[count + arrays : -1]
     carry, results = (others[:3], others[3:]) if resume else ((), others)
     place, head, warpgroup = (lax.axis_index(name) for name in ("row", "head", "warpgroup"))
     row, share = language.table[place, ROW], scratch.q.shape[1]
@@ -119,7 +128,8 @@ def _row_of_blocks(language: Language, products: Products, resume: bool, *refs):
     @pl.when(warpgroup == CONSUMERS)
     def _():
         plgpu.set_max_registers(FEWEST_REGISTERS, action="decrease")
-        _copy_blocks(language.table, place, batch, lax.div(head, q.shape[1] // k.shape[1]), k, v, scratch)
+        kv_head = lax.div(head, q.shape[1] // k.shape[2 if pages else 1])
+        _copy_blocks(language.table, place, functools.partial(_runs, k.shape, pages, batch, kv_head), k, v, scratch)
 
     @pl.when(warpgroup < CONSUMERS)
     def _():
@@ -133,19 +143,35 @@ def _row_of_blocks(language: Language, products: Products, resume: bool, *refs):
             _finish(sums, mine, warpgroup, scratch, *results)
 
 
-def _copy_blocks(table, place, batch, kv_head, k, v, scratch: Scratch):
+def _copy_blocks(table, place, runs, k, v, scratch: Scratch):
     ahead, k_tile = scratch.k.shape[:2]
 
     @pl.loop(0, jnp.maximum(table[place, LIVE], 1))
     def _(i):
         slot = lax.rem(i, ahead)
-        keys = batch, kv_head, pl.ds(table[place, COLUMNS + i] * k_tile, k_tile)
+        # Pages are looked up before the slot is waited for.
+        of_block = runs(table[place, COLUMNS + i], k_tile)
         for ref, into, there, free in (
             (k, scratch.k, scratch.k_there, scratch.k_free),
             (v, scratch.v, scratch.v_there, scratch.v_free),
         ):
             pl.when(i >= ahead)(functools.partial(plgpu.barrier_wait, free.at[slot]))
-            plgpu.copy_gmem_to_smem(ref.at[keys], into.at[slot], there.at[slot])
+            for own, keys in of_block:
+                plgpu.copy_gmem_to_smem(ref.at[keys], into.at[slot, own], there.at[slot])
+
+
+def _runs(shape, pages, batch, kv_head, block, k_tile: int) -> list[tuple]:
+    """Of the keys of a block, as many as lie in one piece: (which of the block, where they are in k and in v)."""
+    if not pages:
+        return [(pl.ds(0, k_tile), (batch, kv_head, pl.ds(block * k_tile, k_tile)))]
+    (table,), page = pages, shape[1]
+    length = math.gcd(page, k_tile)
+    runs = []
+    for first in range(0, k_tile, length):
+        token = block * k_tile + first
+        within = pl.ds(lax.rem(token, page), length)
+        runs.append((pl.ds(first, length), (table[batch, lax.div(token, page)], within, kv_head)))
+    return runs
 
 
 def _gather(language: Language, products: Products, place, mine, warpgroup, q, carry, scratch: Scratch):
@@ -183,12 +209,16 @@ def _gather(language: Language, products: Products, place, mine, warpgroup, q, c
         slot, before = lax.rem(i, ahead), lax.rem(i - 1, ahead)
         plgpu.barrier_wait(scratch.k_there.at[slot])
         plgpu.barrier_wait(scratch.v_there.at[before])
-        use = functools.partial(weigh, masked, i, maximum=maximum, total=total)
+
+        def use(s, then):
+            *row, p, decay = weigh(masked, i, s, maximum, total)
+            weighted = then()
+            plgpu.barrier_arrive(scratch.v_free.at[before])
+            # Not before `then`: its product reads the registers of the P that this one takes the place of.
+            return *row, p.astype(scratch.v.dtype), weighted * over_columns(decay, value_width)
+
         factors = (q_block, transposed(scratch.k.at[slot])), (p, scratch.v.at[before])
-        (maximum, total, p, decay), weighted = products.fresh_and_added(*factors, weighted, meet, use)
-        plgpu.barrier_arrive(scratch.v_free.at[before])
-        weighted = weighted * over_columns(decay, value_width)
-        return maximum, total, p.astype(scratch.v.dtype), weighted
+        return products.both(*factors, use, weighted, meet)
 
     def last(i, sums):
         maximum, total, p, weighted = sums

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -18,12 +19,12 @@ from striate.pallas_kernels.gpu.words import in_known_words
 CONSUMERS = 2  # warpgroups that compute, each with a share of the rows; one more copies
 TILE = 128  # queries of a row of blocks, or keys where keys stay; a product of matrices has 64 rows at least
 # Of a thread that computes, and of one that copies: with 128 threads each, all three of 65536.
-MOST_REGISTERS, FEWEST_REGISTERS = 232, 40
+MOST_REGISTERS, FEWEST_REGISTERS = 240, 24
 SHARED_MEMORY = 220 * 1024  # bytes of a thread block on H100 and H200, less what barriers and alignment take
 ACROSS, DOWN = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)  # of one number a row, and one a column
 
 
-def launch(body: Callable, results: list, rows: int, heads: int, scratch: NamedTuple, interpret) -> Callable:
+def launch(name: str, body: Callable, results: list, rows: int, heads: int, scratch: NamedTuple, interpret) -> Callable:
     """The kernel of a thread block for each row and head, heads first; axes "row", "head" and "warpgroup"."""
     return plgpu.kernel(
         body,
@@ -35,6 +36,7 @@ def launch(body: Callable, results: list, rows: int, heads: int, scratch: NamedT
         scratch_types=[scratch],
         compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=interpret,
+        kernel_name=name,
     )
 
 
@@ -66,7 +68,7 @@ def transposed(ref):
 
 
 def load(ref, layout):
-    """From global memory into registers."""
+    """From memory into registers."""
     return plgpu.load(ref, layout=layout, optimized=False)
 
 
@@ -130,24 +132,59 @@ class Products(NamedTuple):
             return sums
         return pl.run_state(lambda ref: plgpu.wgmma(ref, a, b))(plgpu.ACC.init(sums))
 
-    def fresh_and_added(self, first, second, sums, meanwhile: Callable, use: Callable):
-        """(use(a b), sums + c d) for first = (a, b) and second = (c, d), c in registers.
+    def both(self, first, second, use: Callable, sums=None, meanwhile: Callable = lambda: None):
+        """use(a b, then) for first = (a, b) and second = (c, d), where then() gives sums + c d.
 
-        Both are asked for at once, then `meanwhile` is done; `use` has the first while the second is computed.
+        Both are asked for at once, then `meanwhile` is done; what `use` does before it calls then(), it does while the
+        second is computed. `c` may be in registers, where there are sums.
         """
         if self.interpreted:
-            return use(self.fresh(*first, meanwhile)), self.added(sums, *second)
+            then = functools.partial(*((self.fresh,) if sums is None else (self.added, sums)), *second)
+            return use(self.fresh(*first, meanwhile), then)
 
-        def multiply(product, added):
-            added[...] = sums
-            plgpu.wgmma(product, *first)
-            plgpu.wgmma(added, *second)
+        def multiply(one, other):
+            if sums is not None:
+                other[...] = sums
+            plgpu.wgmma(one, *first)
+            plgpu.wgmma(other, *second)
             meanwhile()
-            used = use(plgpu.wgmma_accumulator_load(product, wait_n=1))
-            return used, added[...]
+            return use(plgpu.wgmma_accumulator_load(one, wait_n=1), lambda: other[...])
 
-        shape = first[0].shape[0], first[1].shape[1]
-        return pl.run_scoped(multiply, plgpu.ACC(shape, jnp.float32), plgpu.ACC(sums.shape, jnp.float32))
+        shapes = ((a.shape[0], b.shape[1]) for a, b in (first, second))
+        return pl.run_scoped(multiply, *(plgpu.ACC(shape, jnp.float32) for shape in shapes))
+
+    def all_added(self, sums: list, factors: list):
+        """Each of `sums` with the product of its factors (a, b), `a` in registers, all asked for at once."""
+        if self.interpreted:
+            return [self.added(x, *pair) for x, pair in zip(sums, factors, strict=True)]
+
+        def multiply(*refs):
+            for ref, x in zip(refs, sums, strict=True):
+                ref[...] = x
+            for ref, pair in zip(refs, factors, strict=True):
+                plgpu.wgmma(ref, *pair)
+            return [ref[...] for ref in refs]
+
+        return pl.run_scoped(multiply, *(plgpu.ACC(x.shape, jnp.float32) for x in sums))
+
+    def summed(self, *factors):
+        """The sum of a b over factors (a, b)."""
+        if self.interpreted:
+            return sum(jnp.dot(a[...].astype(jnp.float32), b[...].astype(jnp.float32)) for a, b in factors)
+
+        def multiply(sums):
+            for a, b in factors:
+                plgpu.wgmma(sums, a, b)
+            return sums[...]
+
+        return pl.run_scoped(multiply, plgpu.ACC((factors[0][0].shape[0], factors[0][1].shape[1]), jnp.float32))
+
+    def add_to(self, ref, block):
+        """Adds a block in shared memory to what is in global memory, and goes on before that is done."""
+        if self.interpreted:
+            store(load(ref, plgpu.Layout.WGMMA) + block[...], ref)
+        else:
+            plgpu.copy_smem_to_gmem(block, ref, reduction_op="add")
 
 
 class Language(NamedTuple):

@@ -66,13 +66,13 @@ class Decode(Tiled):
         """Whether there are so few queries that to read the keys is what takes the time."""
         return q_BTHD.shape[1] <= QUERIES and q_BTHD.shape[1] * q_BTHD.shape[2] <= ROWS
 
-    @staticmethod
-    def takes_pages(k_pages, v_pages) -> bool:
-        """Whether pages can be read where they lie: they fill whole lanes, alone or with others."""
+    @classmethod
+    def takes_pages(cls, q_BTHD, k_pages, v_pages) -> bool:
+        """Whether pages can be read where they lie: there are few queries, and pages fill whole lanes, alone or not."""
         page, widths = k_pages.shape[1], (k_pages.shape[3], v_pages.shape[3])
-        if page % LANES:
-            return page >= LANES // SLOTS and LANES % page == 0 and not any(width % LANES for width in widths)
-        return True
+        if page % LANES and (page < LANES // SLOTS or LANES % page or any(width % LANES for width in widths)):
+            return False
+        return cls.suits(q_BTHD)
 
     @classmethod
     def over(cls, mask, scale: float, q_BTHD, k_BSKD, interpret) -> Decode:

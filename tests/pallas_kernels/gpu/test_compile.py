@@ -63,29 +63,41 @@ def kernels(mask, score=None, width=128, value_width=128, length=512, heads=4, k
 @pytest.mark.parametrize(("width", "value_width"), WIDTHS)
 def test_widths(width, value_width):
     wide = max(width, 64) + value_width > 256
-    assert kernels(masks.causal(), width=width, value_width=value_width) == (1, 3 if wide else 2)
+    assert kernels(masks.causal(), width=width, value_width=value_width) == (1, 3 if wide else 1)
+
+
+def test_where_reruns_shall_be_equal_nothing_is_added_to_by_two_thread_blocks(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_deterministic_ops=true")
+    assert kernels(masks.causal()) == (1, 2)
+    monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_deterministic_ops=false --xla_gpu_exclude_nondeterministic_ops")
+    assert kernels(masks.causal()) == (1, 2)
+    monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_deterministic_ops=false")
+    assert kernels(masks.causal()) == (1, 1)
 
 
 @pytest.mark.parametrize("name", SCORES)
 def test_scores(name):
-    assert kernels(RULE, SCORES[name]) == (1, 2)
+    assert kernels(RULE, SCORES[name]) == (1, 1)
 
 
 @pytest.mark.parametrize("mask", MASKS, ids=str)
 def test_masks(mask):
-    assert kernels(mask, dtype=jnp.float16) == (1, 2)
+    assert kernels(mask, dtype=jnp.float16) == (1, 1)
 
 
 def test_a_score_that_reads_what_the_mask_does_not():
-    assert kernels(masks.everything(), SCORES["alibi"]) == (1, 2)
+    assert kernels(masks.everything(), SCORES["alibi"]) == (1, 1)
 
 
 def test_blocks_are_kept_in_shared_memory_that_there_is():
-    from striate.pallas_kernels.gpu import backward, forward
+    from striate.pallas_kernels.gpu import backward, backward_adding, forward
     from striate.pallas_kernels.gpu.parts import SHARED_MEMORY, TILE
 
     for width, value_width in WIDTHS:
         q, v = (jnp.zeros((1, 1, 128, -(-x // 64) * 64), jnp.bfloat16) for x in (width, value_width))
-        for scratch, columns in (forward.Scratch.of(q, v, (TILE, TILE)), backward.Scratch.of(q, v, TILE, TILE)):
+        scratches = [forward.Scratch.of(q, v, (TILE, TILE)), backward.Scratch.of(q, v, TILE, TILE, queries_pass=True)]
+        if q.shape[3] + v.shape[3] <= backward_adding.WIDEST:
+            scratches.append(backward_adding.Scratch.of(q, v, TILE, TILE))
+        for scratch, columns in scratches:
             taken = sum(np.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in scratch if hasattr(x, "dtype"))
             assert taken <= SHARED_MEMORY and TILE % columns == 0

@@ -14,6 +14,7 @@ from striate import Tokens, masks, scores
 from striate.lib import plan
 from striate.lib.analysis.gpu_schedule import schedule_for
 from striate.lib.attention import EXPERIMENTAL
+from striate.lib.decoding.paging import paged_attention
 from striate.lib.parallel import Ring
 
 pytestmark = pytest.mark.gpu
@@ -56,22 +57,56 @@ def both_passes(mask, score=None, parallel=None):
 
 
 @pytest.mark.parametrize(("width", "value_width"), WIDTHS)
-def test_registers_suffice_and_the_matrix_unit_is_what_is_waited_for(width, value_width):
+def test_the_matrix_unit_is_what_is_waited_for(width, value_width):
     _, kernels = schedule_for("h200:1", both_passes(PACKED), *arrays(4096, width=width, value_width=value_width))
-    assert len(kernels) == (4 if width + value_width > 256 else 3)
+    backward = {"backward"} if width + value_width <= 256 else {"dq", "dk", "dv"}
+    assert {kernel.name.removesuffix("_mosaic_gpu_kernel") for kernel in kernels} == {
+        f"attention_{name}" for name in {"forward"} | backward
+    }
     for kernel in kernels:
-        assert (kernel.spills, kernel.warnings) == (0, ()), kernel
         whole, masked = kernel.loops
         assert masked.columns == whole.columns > 0 and not (whole.serialised or masked.serialised)
         assert sum(masked.instructions.values()) > sum(whole.instructions.values())
         cycles = whole.cycles(warpgroups=2)
         assert cycles["matrix"] > 0.95 * max(cycles.values()), cycles
+        # Sums stay in registers; places in memory may not.
+        spilled = whole.instructions.get("LDL", 0) + whole.instructions.get("STL", 0)
+        assert spilled == 0 if "forward" in kernel.name or width == 64 else spilled < 64, kernel
+
+
+def test_where_reruns_shall_be_equal_the_matrix_unit_is_too(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_deterministic_ops=true")
+    _, kernels = schedule_for("h200:1", both_passes(PACKED), *arrays(2048))
+    for kernel in kernels:
+        cycles = kernel.loops[0].cycles(warpgroups=2)
+        assert cycles["matrix"] == max(cycles.values()) and not any(loop.serialised for loop in kernel.loops)
+    assert len(kernels) == 3
 
 
 @pytest.mark.parametrize("name", SCORES)
 def test_scores(name):
     _, kernels = schedule_for("h100:1", both_passes(RULE, SCORES[name]), *arrays(2048, kv_heads=4))
-    assert len(kernels) == 3 and not any(loop.serialised for kernel in kernels for loop in kernel.loops)
+    assert len(kernels) == 2 and not any(loop.serialised for kernel in kernels for loop in kernel.loops)
+
+
+@pytest.mark.parametrize("page", [None, 16, 128])
+def test_a_cache_is_read_where_it_lies(page):
+    batch, length, heads, kv_heads, width = 16, 8192, 32, 8, 128
+    cache = (batch, length) if page is None else (batch * length // page, page)
+    q, k = (jax.ShapeDtypeStruct(x, jnp.bfloat16) for x in ((batch, 1, heads, width), (*cache, kv_heads, width)))
+    at, place, table = (
+        jax.ShapeDtypeStruct((batch, n), jnp.int32) for n in (1, length, 1 if page is None else length // page)
+    )
+
+    def attend(q, k, v, at, place, table):
+        how = {"q_tokens": Tokens(at), "k_tokens": Tokens(place), "mask": masks.causal()}
+        if page is None:
+            return striate.attention(q, k, v, implementation="pallas_gpu", **how)
+        return paged_attention(q, k, v, table, implementation="pallas_gpu", **how)
+
+    compiled, (kernel,) = schedule_for("h200:1", attend, q, k, k, at, place, table)
+    assert (kernel.spills, kernel.warnings) == (0, ()) and not any(loop.serialised for loop in kernel.loops), kernel
+    assert compiled.memory_analysis().temp_size_in_bytes < k.size * k.dtype.itemsize / 10
 
 
 def permutes(program: str) -> list[bool]:
@@ -108,5 +143,5 @@ def test_a_ring_computes_while_keys_travel(count):
         topology, both_passes(PACKED, parallel=Ring(mesh)), *arrays(mesh.size * 4096, mesh=mesh)
     )
     hidden = permutes(compiled.as_text())
-    # Forward, backward, and the steps before and after their loops; the last gradients come home after all the work.
-    assert len(hidden) > 4 and all(hidden[:-2]) and hidden.count(False) == 1, hidden
+    # Only the last gradients of keys and values come home after all the work.
+    assert len(hidden) > 4 and all(hidden[:-2]), hidden
