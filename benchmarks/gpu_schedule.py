@@ -6,11 +6,11 @@
 Needs the compiler of GPUs and the disassembler: pip install "striate[gpu-compiler]". Both passes of causal attention in
 bf16 to keys of the same document, 8192 tokens; a width is that of queries and keys, and after a stroke that of values.
 
-A kernel has a loop over blocks that the mask leaves whole and one over those that it cuts. "spilled" is the bytes that
-a thread stores to memory and loads from it, anywhere in the kernel, because registers ran out. "matrix" is the cycles
-that the matrix units of a multiprocessor take for a turn of both of its warpgroups; "issue", "exp." and "integers" are
-the cycles for which schedulers, exponentials and integers (with comparisons, choices and conversions) are taken, as
-shares of that. "limit" names the busiest. That is a limit and not a time: no turn takes fewer cycles, and one takes
+A kernel has a loop over blocks that the mask leaves whole and one over those that it cuts. "spills" is how often a
+thread goes to memory in a turn because registers ran out. "matrix" is the cycles that the matrix units of a
+multiprocessor take for a turn of both of its warpgroups; "issue", "exp." and "integers" are the cycles for which
+schedulers, exponentials and integers (with comparisons, choices and conversions) are taken, as shares of that. "limit"
+names the busiest. That is a limit and not a time: no turn takes fewer cycles, and one takes
 more where it waits for memory, for the other warpgroup or for results. Blocks differ with the width and the kernel, so
 that shares compare and cycles do not. Branches within a loop count as taken, all of them.
 """
@@ -78,7 +78,7 @@ def figures(chip: str, width: str) -> list[Figure]:
     for kernel in compiled_kernels(chip, width):
         names = LOOPS if len(kernel.loops) == len(LOOPS) else map(str, range(1, len(kernel.loops) + 1))
         for name, loop in zip(names, kernel.loops, strict=True):
-            whose = chip, width, kernel.name, name, kernel.registers, kernel.spills
+            whose = chip, width, kernel.name, name, kernel.registers, loop.spills
             found.append(Figure(*whose, loop.serialised, loop.cycles(WARPGROUPS)))
     return found
 
@@ -87,7 +87,7 @@ def table(chip: str, found: list[Figure]) -> Table:
     """A row for every loop, those of a kernel one below the other."""
     title = f"{chip}: cycles of a turn of {WARPGROUPS} warpgroups, and shares of them"
     shown = Table("width", "kernel", "loop", title=title, box=None, padding=(0, 2, 0, 0))
-    for name in ("spilled", "matrix", *UNITS.values()):
+    for name in ("spills", "matrix", *UNITS.values()):
         shown.add_column(name, justify="right")
     shown.add_column("limit")
     for figure in found:

@@ -64,6 +64,11 @@ class Loop:
     serialised: bool
     stalls: int
 
+    @property
+    def spills(self) -> int:
+        """Loads from and stores to memory of what registers have no place for, by one warp in a turn."""
+        return self.instructions.get("LDL", 0) + self.instructions.get("STL", 0)
+
     def cycles(self, warpgroups: int) -> dict[str, float]:
         """Cycles that each unit of a multiprocessor takes for a turn of so many warpgroups: "matrix", "issue"..."""
         warps = 4 * warpgroups

@@ -7,10 +7,11 @@ filled up to whole rows of shared memory, lengths to whole blocks.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import re
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +28,39 @@ PIECE = 8  # tokens: no fewer are copied at a time
 PART = "_part"  # of the keys
 MULTIPROCESSORS = 132  # of H100 and H200: as many rows of blocks have work at once
 WIDEST = 256  # of a product of matrices; and of head_dim and value width together, where one kernel gathers dk and dv
+
+
+class _Table(NamedTuple):
+    """A parameter of a score with several numbers for each head, which `scores.lookup` reads one by one."""
+
+    numbers: tuple
+
+    @property
+    def shape(self):
+        return (len(self.numbers),)
+
+    def __getitem__(self, index):
+        return self.numbers[index[-1]]
+
+
+def _by_number(score):
+    """A score whose tables (heads, n) are n parameters (heads,): the kernels know no others."""
+    return jax.tree.map(lambda leaf: _Table(tuple(leaf.T)) if leaf.ndim > 1 else leaf, score)
+
+
+def _of_tables(gradients):
+    """Gives `gradients`, which knows no tables, and what comes back of the numbers of each as one array."""
+
+    @functools.wraps(gradients)
+    def of_tables(self, score, *arrays):
+        def is_table(x):
+            return isinstance(x, _Table)
+
+        d_score, *others = gradients(self, _by_number(score), *arrays)
+        together = jax.tree.map(lambda x: jnp.stack(x.numbers, 1) if is_table(x) else x, d_score, is_leaf=is_table)
+        return together, *others
+
+    return of_tables
 
 
 @dataclass(frozen=True)
@@ -49,22 +83,26 @@ class Kernel(Tiled):
     def forward(self, score, q, k, v, query_fields, key_fields, partial, pages=None):
         """As for every Tiled; with `pages`, int32 (B, n), k and v are pages, (P, L, K, D) and (P, L, K, V)."""
         maximum, total, weighted = map(flatten, partial)
-        arrays = _wide(flatten(q)), _wide(k), _wide(v)
-        scratch, k_tile = forward.Scratch.of(arrays[0], arrays[2], self.tile, 0 if pages is None else k.shape[1])
-        language = self._language((self.tile[0], k_tile), score, arrays[0].shape[1], query_fields, key_fields)
-        carry = maximum, total, _wide(weighted)
-        *row, weighted = forward.forward(language, scratch, self.interpret, *arrays, carry, pages)
+        given = self._given(score, q, k, v, query_fields, key_fields, 0 if pages is None else k.shape[1])
+        *row, weighted = forward.forward(*given, (maximum, total, _wide(weighted)), pages)
         done = *row, weighted[..., : v.shape[-1]]
         return Partial(*(x.reshape(like.shape) for x, like in zip(done, partial, strict=True)))
 
     def attend(self, score, q, k, v, query_fields, key_fields):
         if not score.normalised:
             return super().attend(score, q, k, v, query_fields, key_fields)
-        arrays = _wide(flatten(q)), _wide(k), _wide(v)
-        scratch, k_tile = forward.Scratch.of(arrays[0], arrays[2], self.tile)
-        language = self._language((self.tile[0], k_tile), score, arrays[0].shape[1], query_fields, key_fields)
-        out, lse = forward.attend(language, scratch, self.interpret, *arrays)
+        out, lse = forward.attend(*self._given(score, q, k, v, query_fields, key_fields))
         return out[..., : v.shape[-1]].reshape(*q.shape[:-1], v.shape[-1]), lse.reshape(q.shape[:-1])
+
+    def _given(self, score, q, k, v, query_fields, key_fields, page: int = 0) -> tuple:
+        """What the functions of forward.py take first; `page` is the tokens of a page."""
+        arrays = _wide(flatten(q)), _wide(k), _wide(v)
+        # Registers hold where in a table each pair looks, beside all else: half a block leaves room for that.
+        longest = TILE // 2 if any(leaf.ndim > 1 for leaf in jax.tree.leaves(score)) else TILE
+        tile = self.tile[0], min(self.tile[1], longest)
+        scratch, k_tile = forward.Scratch.of(arrays[0], arrays[2], tile, page)
+        language = self._language((tile[0], k_tile), score, arrays[0].shape[1], query_fields, key_fields)
+        return language, scratch, self.interpret, *arrays
 
     def empty_sums(self, score, q):
         return zeros(q.shape, q), jax.tree.map(lambda x: zeros(x.shape, q), score)
@@ -77,6 +115,7 @@ class Kernel(Tiled):
         d_score, dq, dk, dv = self.gradients(*arrays, jnp.float32)
         return jax.tree.map(jnp.add, sums, (dq, d_score)), dk, dv
 
+    @_of_tables
     def gradients(self, score, q, k, v, d_out, lse, delta, query_fields, key_fields, dtype):
         # A row that sees nothing has lse = -inf; its logits are all -inf, and exp(-inf - 0) = 0 is what is meant.
         lse = LOG2E * jnp.where(jnp.isfinite(lse), lse, 0.0)
@@ -113,12 +152,7 @@ class Kernel(Tiled):
         return dq, *(x for part in parts for x in part), *shares
 
     def _language(self, tile, score, heads: int, query_fields, key_fields, transposed: bool = False) -> Language:
-        leaves, tree = jax.tree.flatten(score)
-        if tables := [leaf.shape for leaf in leaves if leaf.ndim > 1]:
-            raise NotImplementedError(
-                f"'pallas_gpu' takes scores whose parameters are numbers, for all heads or for each, and this one has "
-                f"tables {tables}: use implementation='xla'."
-            )
+        leaves, tree = jax.tree.flatten(_by_number(score))
         verdict = dataclasses.replace(self, tile=tile).verdicts(query_fields, key_fields)
         table = live_rows(verdict.swapaxes(1, 2) if transposed else verdict)
         names, *fields = stacked(self.mask, score, query_fields, key_fields)
