@@ -5,7 +5,8 @@
 right: results and gradients by the rule of tests/suites/attention.py (float64 on the host), masks x widths x dtypes.
 reruns: 250 forward passes of one problem, equal to the bit.
 causal: bfloat16, 16 heads, D = 128 up to 32k tokens, D = 64 and 256 at 8k, forward and backward: TFLOP/s beside cuDNN
-(jax.nn.dot_product_attention) and, where torch is installed, its scaled_dot_product_attention.
+(jax.nn.dot_product_attention) and, where torch is installed, its scaled_dot_product_attention; "equal reruns" is ours
+with the backward pass whose sums have one order.
 masks: at 32k a window of 1024, documents of 2k, a prefix, softcap and ALiBi, beside FlexAttention where torch is.
 ring: 256k tokens on 8 devices that are one after the other this one: every pair of shards is timed alone, and a step
 takes as long as its slowest device; striped and zigzag against contiguous, and each against one kernel for all.
@@ -28,6 +29,7 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 os.environ.setdefault("STRIATE_EXPERIMENTAL", "pallas_gpu")
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
@@ -136,6 +138,8 @@ class Parts:
             forms = {"striate": self.ours(masks.causal()), self.rival: self._dot_product}
             for name, attend in forms.items():
                 found[f"{name}, {length} x {width}"] = attempt(rates_of, attend, given, pairs)
+            with mock.patch.dict(os.environ, XLA_FLAGS="--xla_gpu_deterministic_ops=true"):  # read as ours is traced
+                found[f"equal reruns, {length} x {width}"] = attempt(rates_of, self.ours(masks.causal()), given, pairs)
             if not self.tiny:
                 found[f"torch, {length} x {width}"] = attempt(torch_causal, length, width, pairs)
         return found

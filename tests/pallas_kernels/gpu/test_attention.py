@@ -69,7 +69,8 @@ def test_queries_and_keys_of_different_lengths():
 
 
 @pytest.mark.parametrize(
-    ("queries", "multiprocessors", "name"), [(1, 1, "plain"), (1, 8, "plain"), (3, 8, "alibi"), (3, 8, "sigmoid")]
+    ("queries", "multiprocessors", "name"),
+    [(1, 1, "plain"), (1, 8, "plain"), (3, 8, "alibi"), (3, 8, "sigmoid"), (1, 1, "t5 bidirectional=True")],
 )
 def test_few_queries_of_a_group_share_a_row(monkeypatch, queries, multiprocessors, name):
     """And keys are dealt to several rows, where these are fewer than the multiprocessors."""

@@ -26,6 +26,7 @@ SCORES = {
     "signed": scores.signed(),
     "sigmoid": scores.sigmoid(-1.0),
     "power": scores.power(0.5, 0.1),
+    "t5": scores.t5_bias(np.zeros((4, 32), np.float32), bidirectional=True),
 }
 
 

@@ -28,6 +28,7 @@ SCORES = {
     "softcap": scores.softcap(50.0),
     "alibi": scores.alibi(np.float32([0.5, 0.25, 0.1, 0.05])),
     "sigmoid": scores.sigmoid(-1.0),
+    "t5": scores.t5_bias(np.zeros((4, 32), np.float32)),
 }
 
 
