@@ -121,10 +121,9 @@ class Kernel(Tiled):
         lse = LOG2E * jnp.where(jnp.isfinite(lse), lse, 0.0)
         rows = _wide(flatten(d_out.astype(q.dtype))), flatten(lse), flatten(delta)
         given = backward.Given(_wide(flatten(q)), _wide(k), _wide(v), *rows)
-        fields = score, given.q.shape[1], query_fields, key_fields
-        adding = backward_adding.fits(given, self.tile) and not _same_bits()
+        fields, (leaves, tree) = (score, given.q.shape[1], query_fields, key_fields), jax.tree.flatten(score)
+        adding = backward_adding.fits(given, self.tile, len(leaves)) and not _same_bits()
         dq, dk, dv, *shares = (self._adding if adding else self._apart)(given, fields, dtype)
-        leaves, tree = jax.tree.flatten(score)
         if shares:
             d_leaves = [x.sum((0, 2)) if leaf.ndim else x.sum() for x, leaf in zip(shares, leaves, strict=True)]
         else:

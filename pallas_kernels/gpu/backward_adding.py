@@ -45,6 +45,7 @@ from striate.pallas_kernels.gpu.parts import (
 COLUMNS = 64  # of dQ that a warpgroup computes at a time
 QUERIES = 64  # of a block; and as many keys has a warpgroup
 WIDEST = 256  # head_dim and width of values together
+MOST_PARAMETERS = 8  # of a score: fewer than the numbers of a table
 
 
 class Scratch(NamedTuple):
@@ -76,9 +77,9 @@ class Scratch(NamedTuple):
         return cls(*scratch, ds, dq, meeting, meeting), length
 
 
-def fits(given: Given, tile: tuple[int, int]) -> bool:
-    """Whether registers hold the sums of dK and dV together, and blocks are of the size that dQ is made of."""
-    together = given.k.shape[3] + given.v.shape[3] <= WIDEST
+def fits(given: Given, tile: tuple[int, int], parameters: int) -> bool:
+    """Whether registers hold all sums together, and blocks are of the size that dQ is made of."""
+    together = given.k.shape[3] + given.v.shape[3] <= WIDEST and parameters <= MOST_PARAMETERS
     return together and tile[0] % QUERIES == 0 and tile[1] == CONSUMERS * QUERIES
 
 

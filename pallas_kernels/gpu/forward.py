@@ -129,7 +129,7 @@ def _row_of_blocks(language: Language, products: Products, arrays: int, resume: 
     def _():
         plgpu.set_max_registers(FEWEST_REGISTERS, action="decrease")
         kv_head = lax.div(head, q.shape[1] // k.shape[2 if pages else 1])
-        _copy_blocks(language.table, place, functools.partial(_runs, k.shape, pages, batch, kv_head), k, v, scratch)
+        _copy_blocks(language.table, place, *_run(k.shape, pages, batch, kv_head, scratch.k.shape[1]), k, v, scratch)
 
     @pl.when(warpgroup < CONSUMERS)
     def _():
@@ -143,35 +143,38 @@ def _row_of_blocks(language: Language, products: Products, arrays: int, resume: 
             _finish(sums, mine, warpgroup, scratch, *results)
 
 
-def _copy_blocks(table, place, runs, k, v, scratch: Scratch):
+def _copy_blocks(table, place, length, where, k, v, scratch: Scratch):
     ahead, k_tile = scratch.k.shape[:2]
 
     @pl.loop(0, jnp.maximum(table[place, LIVE], 1))
     def _(i):
         slot = lax.rem(i, ahead)
-        # Pages are looked up before the slot is waited for.
-        of_block = runs(table[place, COLUMNS + i], k_tile)
+        block = table[place, COLUMNS + i]
         for ref, into, there, free in (
             (k, scratch.k, scratch.k_there, scratch.k_free),
             (v, scratch.v, scratch.v_there, scratch.v_free),
         ):
             pl.when(i >= ahead)(functools.partial(plgpu.barrier_wait, free.at[slot]))
-            for own, keys in of_block:
-                plgpu.copy_gmem_to_smem(ref.at[keys], into.at[slot, own], there.at[slot])
+
+            @pl.loop(0, k_tile // length)
+            def _(number, ref=ref, into=into, there=there):
+                own = pl.ds(number * length, length)
+                plgpu.copy_gmem_to_smem(ref.at[where(block, number)], into.at[slot, own], there.at[slot])
 
 
-def _runs(shape, pages, batch, kv_head, block, k_tile: int) -> list[tuple]:
-    """Of the keys of a block, as many as lie in one piece: (which of the block, where they are in k and in v)."""
+def _run(shape, pages, batch, kv_head, k_tile: int):
+    """(How many keys of a block lie in one piece, where in k and in v a block has its first, second, ... of these)."""
     if not pages:
-        return [(pl.ds(0, k_tile), (batch, kv_head, pl.ds(block * k_tile, k_tile)))]
+        return k_tile, lambda block, _: (batch, kv_head, pl.ds(block * k_tile, k_tile))
     (table,), page = pages, shape[1]
     length = math.gcd(page, k_tile)
-    runs = []
-    for first in range(0, k_tile, length):
-        token = block * k_tile + first
-        within = pl.ds(lax.rem(token, page), length)
-        runs.append((pl.ds(first, length), (table[batch, lax.div(token, page)], within, kv_head)))
-    return runs
+
+    def where(block, number):
+        run = block * (k_tile // length) + number
+        within = pl.ds(lax.rem(run, page // length) * length, length)
+        return table[batch, lax.div(run, page // length)], within, kv_head
+
+    return length, where
 
 
 def _gather(language: Language, products: Products, place, mine, warpgroup, q, carry, scratch: Scratch):
