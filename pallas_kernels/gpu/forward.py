@@ -186,8 +186,10 @@ def _gather(language: Language, products: Products, place, mine, warpgroup, q, c
     plgpu.barrier_wait(scratch.q_there.at[warpgroup])
 
     def meet():
-        plgpu.barrier_arrive(scratch.turn)
-        plgpu.barrier_wait(scratch.turn)
+        # Where one block has place, what a warpgroup waits for comes only after the other has gone on: no turns.
+        if ahead > 1:
+            plgpu.barrier_arrive(scratch.turn)
+            plgpu.barrier_wait(scratch.turn)
 
     def weigh(masked, i, s, maximum, total):
         """(m, l, P) after block i, and the factor of what was gathered before it."""

@@ -62,6 +62,14 @@ def test_widths(width, value_width):
     check_bound(KERNEL, masks.causal(), problem, tile=64)
 
 
+def test_where_one_block_of_keys_has_place_nobody_waits_for_ever():
+    rng, widths = np.random.default_rng(2), {"width": 256, "value_width": 192}
+    problem = random_problem(rng, Tokens.arange(1, 256), heads=1, kv_heads=1, dtype="bfloat16", **widths)
+    scratch, _ = forward.Scratch.of(*(jnp.zeros((1, 1, 128, x), jnp.bfloat16) for x in widths.values()), (128, 128))
+    assert scratch.k.shape[0] == 1
+    check_bound(KERNEL, masks.causal(), problem, tile=128)
+
+
 def test_queries_and_keys_of_different_lengths():
     rng = np.random.default_rng(5)
     q_tokens, k_tokens = (suite.formulas.random_tokens(rng, batch=2, length=n) for n in (40, 100))
