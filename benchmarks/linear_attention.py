@@ -40,8 +40,8 @@ from striate.lib import masks
 from striate.lib.attention import attention
 from striate.lib.linear_attention import CHUNK, linear_attention
 
-# In huge pages, and what was freed is kept: one arena, nothing mapped by itself, nothing given back.
-ALLOCATOR = "hugetlb=1 arena_max=1 mmap_max=0 trim_threshold=1099511627776"
+# In huge pages, and what was freed is kept: nothing mapped by itself, nothing given back.
+ALLOCATOR = "hugetlb=1 mmap_max=0 trim_threshold=1099511627776"
 HEADS, WIDTH = 4, 64
 SHORTEST = 2048
 RULES = {"none": {}, "token": {}, "channel": {}, "delta": {"rule": "delta"}}
