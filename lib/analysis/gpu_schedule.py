@@ -9,6 +9,7 @@ them, so that it is too high where warps take one or the other.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import re
@@ -21,7 +22,6 @@ from typing import Any
 from unittest import mock
 
 import jax
-import jax.experimental.pallas.mosaic_gpu  # sets MOSAIC_GPU_CUDA_ROOT when it is first imported, so before we do
 
 from striate.lib.errors import UserError
 from striate.lib.plan import compile_for
@@ -164,6 +164,8 @@ def schedule_for(topology: str, function: Callable[..., Any], *args: Any) -> tup
       _, kernels = schedule_for("h200:1", kernel, q, k, v)
       [(kernel.name, kernel.spills, loop.cycles(warpgroups=2)) for kernel in kernels for loop in kernel.loops]
     """
+    # When it is first imported it sets MOSAIC_GPU_CUDA_ROOT, so before we do.
+    importlib.import_module("jax.experimental.pallas.mosaic_gpu")
     with tempfile.TemporaryDirectory(prefix="striate-schedule-") as folder:
         given = {"MOSAIC_GPU_DUMP_TO": folder, "MOSAIC_GPU_CUDA_ROOT": str(_tools())}
         with mock.patch.dict(os.environ, given):

@@ -79,8 +79,13 @@ def test_a_row_of_keys_that_nobody_sees_gets_nothing(called):
     assert called and not dk[:, 128:].any() and dk[:, :128].any()
 
 
-class Watched(Interpreted):
-    interpret = plgpu.InterpretGPUParams(detect_races=True, uninitialized_memory="nan")
+def watched() -> type[Interpreted]:
+    """The interpreter that looks for races; memory begins as NaN."""
+
+    class Watched(Interpreted):
+        interpret = plgpu.InterpretGPUParams(detect_races=True, uninitialized_memory="nan")
+
+    return Watched
 
 
 @pytest.mark.parametrize("careless", [False, True])
@@ -88,7 +93,7 @@ def test_what_the_other_warpgroup_reads_is_not_written_to(monkeypatch, called, c
     """One row of keys: what several add to dQ is no race on a GPU, and the interpreter would call it one."""
     if careless:
         monkeypatch.setattr(backward_adding, "_until_read", lambda scratch, turn: None)
-    rng, tokens, task = np.random.default_rng(8), Tokens.arange(1, 128), Task(masks.everything(), 0.1, Watched)
+    rng, tokens, task = np.random.default_rng(8), Tokens.arange(1, 128), Task(masks.everything(), 0.1, watched())
     q, k, v = (jnp.asarray(rng.normal(size=(1, 128, 1, 64)), jnp.bfloat16) for _ in range(3))
     row = jnp.zeros((1, 128, 1))
     try:
