@@ -20,14 +20,13 @@ from striate.lib import masks
 from striate.lib.tiles import Partial, Tiled, natural, zeros
 from striate.pallas_kernels.common import LN2, LOG2E, flatten, is_plain, stacked
 from striate.pallas_kernels.gpu import backward, backward_adding, forward
-from striate.pallas_kernels.gpu.parts import TILE, Language
+from striate.pallas_kernels.gpu.parts import TILE, WIDEST, Language
 from striate.pallas_kernels.gpu.rows import live_rows
 
 LANES = 64  # numbers of 16 bits in a row of shared memory
 PIECE = 8  # tokens: no fewer are copied at a time
 PART = "_part"  # of the keys
 MULTIPROCESSORS = 132  # of H100 and H200: as many rows of blocks have work at once
-WIDEST = 256  # of a product of matrices; and of head_dim and value width together, where one kernel gathers dk and dv
 
 
 class _Table(NamedTuple):

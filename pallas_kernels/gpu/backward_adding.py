@@ -31,6 +31,7 @@ from striate.pallas_kernels.gpu.parts import (
     CONSUMERS,
     DOWN,
     MOST_REGISTERS,
+    WIDEST,
     Language,
     Products,
     filled,
@@ -42,9 +43,8 @@ from striate.pallas_kernels.gpu.parts import (
     transposed,
 )
 
-COLUMNS = 64  # of dQ that a warpgroup computes at a time
+DQ_COLUMNS = 64  # of dQ that a warpgroup computes at a time
 QUERIES = 64  # of a block; and as many keys has a warpgroup
-WIDEST = 256  # head_dim and width of values together
 MOST_PARAMETERS = 8  # of a score: fewer than the numbers of a table
 
 
@@ -62,17 +62,17 @@ class Scratch(NamedTuple):
     lse: plgpu.SMEM
     delta: plgpu.SMEM
     ds: plgpu.SMEM  # (2, CONSUMERS, share, QUERIES), of two blocks in turn
-    dq: plgpu.SMEM  # (CONSUMERS, QUERIES, COLUMNS) in float32
+    dq: plgpu.SMEM  # (CONSUMERS, QUERIES, DQ_COLUMNS) in float32
     ds_there: plgpu.Barrier
     ds_free: plgpu.Barrier
 
     @classmethod
     def of(cls, q, v, rows: int, tile: int) -> tuple[Scratch, int]:
         """And the columns of a block."""
-        beside = 2 * rows * QUERIES * q.dtype.itemsize + 4 * CONSUMERS * QUERIES * COLUMNS
+        beside = 2 * rows * QUERIES * q.dtype.itemsize + 4 * CONSUMERS * QUERIES * DQ_COLUMNS
         scratch, length = backward.Scratch.of(q, v, rows, tile, True, beside)
         ds = tiled(2, CONSUMERS, rows // CONSUMERS, length, dtype=q.dtype)
-        dq = tiled(CONSUMERS, length, COLUMNS, dtype=jnp.float32)
+        dq = tiled(CONSUMERS, length, DQ_COLUMNS, dtype=jnp.float32)
         meeting = plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=2)
         return cls(*scratch, ds, dq, meeting, meeting), length
 
@@ -149,10 +149,10 @@ def _step(language, products, given: Given, dq, scratch: Scratch, row: Row, k_bl
     dk, dv = products.all_added([dk, dv], [(ds, passing), (p, values)])
     plgpu.barrier_arrive(scratch.free.at[slot])
     plgpu.barrier_wait(scratch.ds_there.at[side])
-    parts = width // COLUMNS
+    parts = width // DQ_COLUMNS
     for n in range(0, parts, CONSUMERS):
         part = n + lax.rem(turn + row.warpgroup, CONSUMERS)
-        add = functools.partial(_add_queries, products, scratch, row, side, part * COLUMNS, dq.at[rows])
+        add = functools.partial(_add_queries, products, scratch, row, side, part * DQ_COLUMNS, dq.at[rows])
         add() if n + CONSUMERS <= parts else pl.when(part < parts)(add)
     plgpu.barrier_arrive(scratch.ds_free.at[side])
     return dk, dv, tuple(share + x.sum(axis=1) for share, x in zip(shares, given_to, strict=True))
@@ -165,7 +165,7 @@ def _until_read(scratch: Scratch, turn):
 
 def _add_queries(products: Products, scratch: Scratch, row: Row, side, first, dq):
     """Adds the columns of dQ from `first` on to what is in memory."""
-    columns, block = pl.ds(first, COLUMNS), scratch.dq.at[row.warpgroup]
+    columns, block = pl.ds(first, DQ_COLUMNS), scratch.dq.at[row.warpgroup]
     keys = ((transposed(scratch.ds.at[side, n]), scratch.stay.at[n, :, columns]) for n in range(CONSUMERS))
     x = products.summed(*keys)
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)

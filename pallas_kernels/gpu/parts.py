@@ -18,6 +18,8 @@ from striate.pallas_kernels.gpu.words import in_known_words
 
 CONSUMERS = 2  # warpgroups that compute, each with a share of the rows; one more copies
 TILE = 128  # queries of a row of blocks, or keys where keys stay; a product of matrices has 64 rows at least
+# Of a product of matrices; and of head_dim and the width of values together, where one kernel has both dK and dV.
+WIDEST = 256
 # Of a thread that computes, and of one that copies: with 128 threads each, all three of 65536.
 MOST_REGISTERS, FEWEST_REGISTERS = 240, 24
 SHARED_MEMORY = 220 * 1024  # bytes of a thread block on H100 and H200, less what barriers and alignment take

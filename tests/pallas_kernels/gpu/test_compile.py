@@ -92,12 +92,12 @@ def test_a_score_that_reads_what_the_mask_does_not():
 
 def test_blocks_are_kept_in_shared_memory_that_there_is():
     from striate.pallas_kernels.gpu import backward, backward_adding, forward
-    from striate.pallas_kernels.gpu.parts import SHARED_MEMORY, TILE
+    from striate.pallas_kernels.gpu.parts import SHARED_MEMORY, TILE, WIDEST
 
     for width, value_width in WIDTHS:
         q, v = (jnp.zeros((1, 1, 128, -(-x // 64) * 64), jnp.bfloat16) for x in (width, value_width))
         scratches = [forward.Scratch.of(q, v, (TILE, TILE)), backward.Scratch.of(q, v, TILE, TILE, queries_pass=True)]
-        if q.shape[3] + v.shape[3] <= backward_adding.WIDEST:
+        if q.shape[3] + v.shape[3] <= WIDEST:
             scratches.append(backward_adding.Scratch.of(q, v, TILE, TILE))
         for scratch, columns in scratches:
             taken = sum(np.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in scratch if hasattr(x, "dtype"))
