@@ -62,7 +62,7 @@ tpu-all: .venv-compilers/installed  ## the same for every mask on every chip
 	@echo "compiling all there is for TPUs that are not here"
 	@.venv-compilers/bin/python -m pytest -n $(WORKERS) --durations 5 --durations-min 5 -m tpu
 
-gpu: .venv-compilers/installed  ## compile with the compiler of GPUs, which needs no GPU, and check what comes out
+gpu: .venv-compilers/installed  ## compile with the compiler of GPUs, which needs no GPU, and run what comes out
 	@echo "compiling for GPUs that are not here"
 	@.venv-compilers/bin/python -m pytest -n $(WORKERS) --durations 5 --durations-min 5 -m "gpu and not slow"
 
@@ -80,4 +80,4 @@ clean:  ## remove what the targets made, except runs/
 	@tools/make_venv.sh .venv-floor 3.11
 
 .venv-compilers/installed: $(SET_UP)
-	@EXTRAS=dev,tpu,gpu-compiler tools/make_venv.sh .venv-compilers $(PYTHONS)
+	@EXTRAS=dev,tpu,gpu-compiler,emulator tools/make_venv.sh .venv-compilers $(PYTHONS)

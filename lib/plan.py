@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 import os
 import re
@@ -90,7 +91,8 @@ def describe(topology: str) -> tuple[jax.Device, ...]:
 
 
 def _describe_gpus(chip: gpu.Chip, extents: str) -> tuple[jax.Device, ...]:
-    if not any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13)):
+    version = next((n for n in (13, 12) if importlib.util.find_spec(f"jax_cuda{n}_plugin")), None)
+    if version is None:
         raise UserError(
             f'To compile for {chip.kind} takes the compiler of GPUs: pip install "striate[gpu-compiler]", or, where '
             'there is a GPU, "striate[cuda]".'
@@ -105,7 +107,12 @@ def _describe_gpus(chip: gpu.Chip, extents: str) -> tuple[jax.Device, ...]:
         **chip._asdict(),
     )
     topology = f"1x{extents}" if "x" in extents else f"1x1x{extents}"
-    return tuple(topologies.get_topology_desc(platform="cuda", target_config=target, topology=topology).devices)
+    how = {"platform": "cuda", "target_config": target, "topology": topology}
+    try:
+        return tuple(topologies.get_topology_desc(**how).devices)
+    except NotImplementedError:  # JAX asked the plugin before the check was skipped, for its own devices
+        importlib.import_module(f"jax_plugins.xla_cuda{version}").initialize()
+        return tuple(topologies.get_topology_desc(**how).devices)
 
 
 def compile_for(topology: str, function: Callable[..., Any], *args: Any) -> jax.stages.Compiled:

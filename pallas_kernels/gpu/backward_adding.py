@@ -64,7 +64,7 @@ class Scratch(NamedTuple):
     ds: plgpu.SMEM  # (2, CONSUMERS, share, QUERIES), of two blocks in turn
     dq: plgpu.SMEM  # (CONSUMERS, QUERIES, DQ_COLUMNS) in float32
     ds_there: plgpu.Barrier
-    ds_free: plgpu.Barrier
+    done: plgpu.Barrier
 
     @classmethod
     def of(cls, q, v, rows: int, tile: int) -> tuple[Scratch, int]:
@@ -73,8 +73,8 @@ class Scratch(NamedTuple):
         scratch, length = backward.Scratch.of(q, v, rows, tile, True, beside)
         ds = tiled(2, CONSUMERS, rows // CONSUMERS, length, dtype=q.dtype)
         dq = tiled(CONSUMERS, length, DQ_COLUMNS, dtype=jnp.float32)
-        meeting = plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=2)
-        return cls(*scratch, ds, dq, meeting, meeting), length
+        there, done = (plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=n) for n in (2, 1))
+        return cls(*scratch, ds, dq, there, done), length
 
 
 def fits(given: Given, tile: tuple[int, int], parameters: int) -> bool:
@@ -119,9 +119,7 @@ def _keys(language: Language, products: Products, given: Given, results, scratch
 
         nothing = tuple(filled((row.share, ref.shape[3]), 0.0, plgpu.Layout.WGMMA) for ref in (dk, dv))
         of_k, of_v = lax.fori_loop(0, given.group, of_member, nothing)
-        turns = given.group * row.live
-        # dK and dV take the place of K and V, of which the other warpgroup has read both halves by then.
-        pl.when(turns > 0)(functools.partial(_until_read, scratch, turns - 1))
+        _until_both_are_done(scratch)  # dK takes the place of K, of which the other warpgroup reads this half
         keep(language.scale * of_k, dk.at[mine], blocks[0])
         keep(of_v, dv.at[mine], blocks[1])
         plgpu.wait_smem_to_gmem(0)
@@ -142,7 +140,7 @@ def _step(language, products, given: Given, dq, scratch: Scratch, row: Row, k_bl
 
     p, ds, given_to = products.both((k_block, transposed(passing)), (v_block, transposed(values)), use)
     p, ds = p.astype(passing.dtype), ds.astype(passing.dtype)
-    pl.when(turn >= 2)(functools.partial(_until_read, scratch, turn - 2))
+    # Both have read what was here two blocks ago: dS of the last one, for which both waited, came after that.
     scratch.ds[side, row.warpgroup] = ds
     plgpu.commit_smem()
     plgpu.barrier_arrive(scratch.ds_there.at[side])
@@ -154,13 +152,12 @@ def _step(language, products, given: Given, dq, scratch: Scratch, row: Row, k_bl
         part = n + lax.rem(turn + row.warpgroup, CONSUMERS)
         add = functools.partial(_add_queries, products, scratch, row, side, part * DQ_COLUMNS, dq.at[rows])
         add() if n + CONSUMERS <= parts else pl.when(part < parts)(add)
-    plgpu.barrier_arrive(scratch.ds_free.at[side])
     return dk, dv, tuple(share + x.sum(axis=1) for share, x in zip(shares, given_to, strict=True))
 
 
-def _until_read(scratch: Scratch, turn):
-    """Waits until both warpgroups have made dQ of that turn."""
-    plgpu.barrier_wait(scratch.ds_free.at[lax.rem(turn, 2)])
+def _until_both_are_done(scratch: Scratch):
+    plgpu.barrier_arrive(scratch.done)
+    plgpu.barrier_wait(scratch.done)
 
 
 def _add_queries(products: Products, scratch: Scratch, row: Row, side, first, dq):

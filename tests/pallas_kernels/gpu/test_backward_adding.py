@@ -92,7 +92,7 @@ def watched() -> type[Interpreted]:
 def test_what_the_other_warpgroup_reads_is_not_written_to(monkeypatch, called, careless):
     """One row of keys: what several add to dQ is no race on a GPU, and the interpreter would call it one."""
     if careless:
-        monkeypatch.setattr(backward_adding, "_until_read", lambda scratch, turn: None)
+        monkeypatch.setattr(backward_adding, "_until_both_are_done", lambda scratch: None)
     rng, tokens, task = np.random.default_rng(8), Tokens.arange(1, 128), Task(masks.everything(), 0.1, watched())
     q, k, v = (jnp.asarray(rng.normal(size=(1, 128, 1, 64)), jnp.bfloat16) for _ in range(3))
     row = jnp.zeros((1, 128, 1))

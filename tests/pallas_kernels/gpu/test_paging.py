@@ -10,6 +10,7 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 import striate
+from emulator import emulated
 from oracles import attention as oracle
 from oracles import scores as score_oracle
 from striate import Tokens, masks, scores
@@ -71,6 +72,19 @@ def test_pages_are_the_keys_that_they_hold(monkeypatch, page, dtype, name):
     true, sizes = (f(case, whole, shown, scale) for f in (score_oracle.attention, score_oracle.magnitudes))
     got = true._replace(out=np.asarray(out), lse=np.asarray(lse))
     suite.check_errors(got, true, sizes, whole, suite.reference_errors(MASK, whole, true, case.score))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("page", [8, 64, 256])
+def test_pages_are_the_keys_that_they_hold_as_compiled(monkeypatch, page):
+    monkeypatch.setattr(gpu, "MULTIPROCESSORS", 4)
+    whole, *pages = problem(page, "bfloat16")
+    with emulated():
+        out, lse = (np.asarray(x) for x in paged(whole, *pages, implementation="pallas_gpu"))
+    shown = suite.visible(MASK, whole)
+    true, sizes = suite.truth(shown, whole), suite.truth(shown, whole, oracle.magnitudes)
+    got = true._replace(out=out, lse=lse)
+    suite.check_errors(got, true, sizes, whole, suite.reference_errors(MASK, whole, true))
 
 
 @interpreted
