@@ -45,6 +45,7 @@ struct Barrier {
   uint32_t expected, pending;
   int64_t bytes = 0;  // that copies are still to bring
   uint64_t phase = 0;
+  int number;          // for clocks
   Clock coming, done;  // what those know who arrive, and who arrived in the phase before
 };
 
@@ -119,7 +120,6 @@ struct Machine {
   std::vector<Copy> copies;
   int free_registers = 0;
   uint32_t haste = 0;   // of 64: how often a copy goes on while warps do
-  uint32_t copied = 0;  // the copier's clock
 
   Machine(const Program& program, uint32_t seed) : program(program), random(seed) {}
 
@@ -174,7 +174,6 @@ inline void Machine::run_block() {
   shared = SharedMemory(shared_bytes, &notes);
   barriers.clear(), copies.clear();
   for (Meeting& meeting : meetings) meeting = {};
-  copied = 0;
   warps.assign(count, {});
   for (int n = 0; n < count; n++) start(warps[n], n);
   free_registers = REGISTERS - count * LANES * warps[0].registers;

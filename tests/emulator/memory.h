@@ -5,15 +5,15 @@
 
 #include "program.h"
 
-constexpr int MOST_WARPS = 32;
-constexpr int COPIER = MOST_WARPS;  // the unit that copies, where clocks number the warps
+constexpr int MOST_WARPS = 16, MOST_BARRIERS = 64;
 constexpr int MOST_SHARED = 227 * 1024;
 
-// How much of what each has done is known to have happened (a vector clock).
+// How much of what each warp has done, and of what copies have brought to each barrier, is known to have happened (a
+// vector clock). Who has waited for one copy knows nothing of those that arrive elsewhere.
 struct Clock {
-  uint32_t at[MOST_WARPS + 1] = {};
+  uint32_t at[MOST_WARPS + MOST_BARRIERS] = {};
   void join(const Clock& other) {
-    for (int n = 0; n <= MOST_WARPS; n++) at[n] = std::max(at[n], other.at[n]);
+    for (int n = 0; n < MOST_WARPS + MOST_BARRIERS; n++) at[n] = std::max(at[n], other.at[n]);
   }
 };
 
@@ -23,7 +23,7 @@ struct Span {
 
 // Four bytes.
 struct Cell {
-  int8_t writer = -1;
+  int8_t writer = -1;               // a warp, or MOST_WARPS and the number of the barrier of a copy
   uint32_t written = 0;             // when, by the writer's clock
   uint32_t read[MOST_WARPS] = {};   // when last, by the clock of each warp
   uint8_t arriving = 0;             // copies that write here and are not waited for yet,
@@ -124,7 +124,7 @@ struct SharedMemory {
     return "";
   }
 
-  static Text name(int warp) { return warp == COPIER ? "a copy" : format("warp %d", warp); }
+  static Text name(int warp) { return warp >= MOST_WARPS ? "a copy" : format("warp %d", warp); }
 };
 
 // How the unit that copies and the one that multiplies permute rows of `row` bytes: runs of 16 bytes, by bits of the

@@ -91,7 +91,10 @@ inline Outcome meet(Machine& m, Warp& w, const Instruction& i, Lanes) {
 inline Outcome make_barrier(Machine& m, Warp& w, const Instruction& i, Lanes lanes) {
   each(lanes, [&](int l) {
     uint32_t count = (uint32_t)w.row(i[1])[l];
-    m.barriers[(uint32_t)m.address(w, i[0], l)] = {.expected = count, .pending = count, .coming = {}, .done = {}};
+    int number = (int)m.barriers.size();
+    if (number >= MOST_BARRIERS) fail("the emulator knows no more than 64 barriers in shared memory");
+    Barrier fresh{.expected = count, .pending = count, .number = number, .coming = {}, .done = {}};
+    m.barriers[(uint32_t)m.address(w, i[0], l)] = fresh;
   });
   return Outcome::done;
 }
@@ -185,11 +188,11 @@ inline void finish_load(Machine& m, Copy& copy) {
     if (from) memcpy(&m.shared.bytes[to], m.global(from, length, *copy.instruction), length);
     else memset(&m.shared.bytes[to], 0, length);
   });
-  uint32_t now = ++m.copied;
-  m.shared.over(span(copy), [now](Cell& cell) { cell.arriving--, cell.writer = COPIER, cell.written = now; });
   Barrier& b = m.barrier(copy.barrier, *copy.instruction);
+  int writer = MOST_WARPS + b.number;
   b.coming.join(copy.clock);
-  b.coming.at[COPIER] = now;
+  uint32_t now = ++b.coming.at[writer];
+  m.shared.over(span(copy), [&](Cell& cell) { cell.arriving--, cell.writer = (int8_t)writer, cell.written = now; });
   b.bytes -= copy.bytes;
   m.settle(b);
 }
