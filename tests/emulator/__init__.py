@@ -24,6 +24,7 @@ import hashlib
 import os
 import pathlib
 import re
+import shutil
 import subprocess
 import tempfile
 import threading
@@ -39,6 +40,7 @@ from striate.lib import attention, plan
 
 HERE = pathlib.Path(__file__).parent
 CALLED_BY_KERNELS = "mosaic_gpu_init_tma_desc", "mosaic_gpu_init_tma_im2col_desc", "mosaic_gpu_build_kernel_spec"
+COMPILER = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
 ALIGNMENT = 256  # bytes, of arrays in the memory of a GPU
 
 
@@ -121,10 +123,12 @@ _libraries = []
 
 def _library() -> ctypes.CDLL:
     """emulator.cc, compiled for this process."""
+    if COMPILER is None:
+        raise RuntimeError("tests/emulator takes a C++ compiler of C++20 (c++, g++ or clang++), and none is in PATH.")
     if not _libraries:
         with tempfile.TemporaryDirectory() as folder:
             path = pathlib.Path(folder) / "emulator.so"
-            how = ["c++", "-O3", "-std=c++20", "-shared", "-fPIC", "-o", path, HERE / "emulator.cc"]
+            how = [COMPILER, "-O3", "-std=c++20", "-shared", "-fPIC", "-o", path, HERE / "emulator.cc"]
             subprocess.run(how, check=True)
             library = ctypes.CDLL(str(path))
         library.emulator_read.restype = ctypes.c_void_p

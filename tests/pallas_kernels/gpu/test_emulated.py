@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import striate
-from emulator import Found, Kernel, emulated
+from emulator import COMPILER, Found, Kernel, emulated
 from oracles import scores as score_oracle
 from striate import Tokens, masks
 from striate.lib.layouts import Striped
@@ -17,7 +17,7 @@ from striate.pallas_kernels.gpu import attention as gpu
 from suites import attention as suite
 from suites.attention import RULE, System, check_bound, check_score, random_problem, visible
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(COMPILER is None, reason="there is no C++ compiler in PATH")]
 
 KERNEL = System("pallas_gpu")
 PACKED = masks.causal() & masks.same("document")

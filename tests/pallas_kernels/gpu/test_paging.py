@@ -10,7 +10,7 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 import striate
-from emulator import emulated
+from emulator import COMPILER, emulated
 from oracles import attention as oracle
 from oracles import scores as score_oracle
 from striate import Tokens, masks, scores
@@ -75,6 +75,7 @@ def test_pages_are_the_keys_that_they_hold(monkeypatch, page, dtype, name):
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(COMPILER is None, reason="there is no C++ compiler in PATH")
 @pytest.mark.parametrize("page", [8, 64, 256])
 def test_pages_are_the_keys_that_they_hold_as_compiled(monkeypatch, page):
     monkeypatch.setattr(gpu, "MULTIPROCESSORS", 4)
