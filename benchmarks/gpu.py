@@ -28,7 +28,9 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 from unittest import mock
 
 os.environ.setdefault("STRIATE_EXPERIMENTAL", "pallas_gpu")
@@ -46,6 +48,7 @@ from striate.lib.layouts import Contiguous, Striped, ZigZag
 SHAPES = [("bfloat16", 64, 64), ("bfloat16", 128, 128), ("float16", 128, 128)]
 SHAPES += [("bfloat16", 192, 128), ("bfloat16", 80, 96), ("bfloat16", 256, 256)]
 HEADS, DOCUMENT, WINDOW, DEVICES = 16, 2048, 1024, 8
+EQUAL_RERUNS = "--xla_gpu_deterministic_ops=true"
 
 
 def seconds(function: Callable, *arrays, least: float = 0.2) -> float:
@@ -67,20 +70,37 @@ def arrays(length: int, width: int, heads: int = HEADS, seed: int = 0) -> list[j
     return [jax.random.normal(key, (1, length, heads, width), jnp.bfloat16) for key in keys]
 
 
-def both_ways(attend: Callable, given: list) -> dict[str, float]:
-    """Seconds forward, and backward as those of both passes less those of the first."""
-    forward = jax.jit(attend)
+class Case(NamedTuple):
+    """One attention to be timed. `flags` is XLA_FLAGS while it is traced."""
 
-    @jax.jit
-    def both(q, k, v, d_out):
-        return jax.vjp(attend, q, k, v)[1](d_out)
+    attend: Callable
+    given: list
+    pairs: float
+    flags: str = ""
 
-    one = seconds(forward, *given[:3])
-    return {"forward": one, "backward": seconds(both, *given) - one}
+    def lowered(self) -> list:
+        """Its first pass, and both."""
+
+        def both(q, k, v, d_out):
+            return jax.vjp(self.attend, q, k, v)[1](d_out)
+
+        with mock.patch.dict(os.environ, XLA_FLAGS=self.flags):
+            return [jax.jit(self.attend).lower(*self.given[:3]), jax.jit(both).lower(*self.given)]
+
+    def rates(self, programs: list) -> dict[str, float]:
+        """Of the backward pass as the time of both less that of the first."""
+        forward, both = (program.result() for program in programs)
+        one = seconds(forward, *self.given[:3])
+        taken = {"forward": one, "backward": seconds(both, *self.given) - one}
+        return rates(taken, self.pairs, self.given[0].shape[3])
 
 
-def rates_of(attend: Callable, given: list, pairs: float) -> dict[str, float]:
-    return rates(both_ways(attend, given), pairs, given[0].shape[3])
+def timed(cases: dict[str, Case]) -> dict[str, dict[str, float] | str]:
+    """Their rates, one after the other, when all were compiled side by side."""
+    found = {name: attempt(case.lowered) for name, case in cases.items()}
+    with ThreadPoolExecutor() as pool:
+        programs = {name: [pool.submit(x.compile) for x in both] for name, both in found.items() if type(both) is list}
+    return found | {name: attempt(cases[name].rates, compiled) for name, compiled in programs.items()}
 
 
 def rates(taken: dict[str, float], pairs: float, width: int) -> dict[str, float]:
@@ -104,24 +124,25 @@ class Parts:
         return attend
 
     def right(self) -> dict:
-        from suites.attention import RULE, System, check_bound, formulas, random_problem
+        from suites.attention import RULE, System, check_bound, formulas, random_problem, solve
 
-        problems = {}
+        problems, system = {}, System(self.name)
         for dtype, width, value_width in SHAPES[: 1 if self.tiny else None]:
-            for mask in (
-                (masks.causal(),) if self.tiny else (masks.causal(), RULE, masks.everything(), masks.window(70))
-            ):
+            for mask in (masks.causal(), RULE, masks.everything(), masks.window(70))[: 1 if self.tiny else None]:
                 rng = np.random.default_rng(width)
                 tokens = formulas.random_tokens(rng, batch=2, length=64 if self.tiny else 500)
                 shape = {"heads": 4, "kv_heads": 2, "width": width, "value_width": value_width}
-                problem = random_problem(rng, tokens, dtype=dtype, **shape)
-                try:
-                    check_bound(System(self.name), mask, problem)
-                    said = "within the bound"
-                except Exception as error:  # what one problem shows must not hide the others
-                    said = f"{type(error).__name__}: {error}"[:500]
-                problems[f"{dtype} {width} {value_width} {mask}"] = said
-        return {"problems": problems, "right": all(x == "within the bound" for x in problems.values())}
+                problems[f"{dtype} {width} {value_width} {mask}"] = (
+                    mask,
+                    random_problem(rng, tokens, dtype=dtype, **shape),
+                )
+        with ThreadPoolExecutor() as pool:  # compiled side by side, and kept for the checks
+            list(pool.map(lambda problem: attempt(solve, system, *problem), problems.values()))
+        # What one problem shows must not hide the others.
+        said = {
+            name: attempt(check_bound, system, *problem) or "within the bound" for name, problem in problems.items()
+        }
+        return {"problems": said, "right": set(said.values()) == {"within the bound"}}
 
     def reruns(self) -> dict:
         given, times = arrays(128 if self.tiny else 4096, 128, heads=2)[:3], 2 if self.tiny else 250
@@ -132,16 +153,15 @@ class Parts:
 
     def causal(self) -> dict:
         shapes = [(128, 64)] if self.tiny else [(2**n * 1024, 128) for n in (2, 3, 4, 5)] + [(8192, 64), (8192, 256)]
-        found = {"matrix rate": matrix_rate()}
+        cases, pairs = {}, {length: length * (length + 1) / 2 for length, _ in shapes}
         for length, width in shapes:
-            given, pairs = arrays(length, width, heads=1 if self.tiny else HEADS), length * (length + 1) / 2
-            forms = {"striate": self.ours(masks.causal()), self.rival: self._dot_product}
-            for name, attend in forms.items():
-                found[f"{name}, {length} x {width}"] = attempt(rates_of, attend, given, pairs)
-            with mock.patch.dict(os.environ, XLA_FLAGS="--xla_gpu_deterministic_ops=true"):  # read as ours is traced
-                found[f"equal reruns, {length} x {width}"] = attempt(rates_of, self.ours(masks.causal()), given, pairs)
-            if not self.tiny:
-                found[f"torch, {length} x {width}"] = attempt(torch_causal, length, width, pairs)
+            given, ours = arrays(length, width, heads=1 if self.tiny else HEADS), self.ours(masks.causal())
+            cases[f"striate, {length} x {width}"] = Case(ours, given, pairs[length])
+            cases[f"{self.rival}, {length} x {width}"] = Case(self._dot_product, given, pairs[length])
+            cases[f"equal reruns, {length} x {width}"] = Case(ours, given, pairs[length], EQUAL_RERUNS)
+        found = {"matrix rate": matrix_rate(), **timed(cases)}
+        for length, width in () if self.tiny else shapes:
+            found[f"torch, {length} x {width}"] = attempt(torch_causal, length, width, pairs[length])
         return found
 
     def _dot_product(self, q, k, v):
@@ -162,13 +182,13 @@ class Parts:
             "softcap": (masks.causal(), scores.softcap(50.0)),
             "alibi": (masks.causal(), scores.alibi(slopes)),
         }
-        given, found = arrays(length, width, heads=1 if self.tiny else HEADS), {}
-        for name, (mask, score) in cases.items():
-            pairs = visible_pairs(mask, tokens)
-            ours = self.ours(mask, score, tokens)
-            found[f"striate, {name}"] = attempt(rates_of, ours, given, pairs)
-            if not self.tiny:
-                found[f"flex, {name}"] = attempt(flex, name, length, width, slopes, pairs)
+        given = arrays(length, width, heads=1 if self.tiny else HEADS)
+        pairs = {name: visible_pairs(mask, tokens) for name, (mask, _) in cases.items()}
+        found = timed(
+            {f"striate, {name}": Case(self.ours(*case, tokens), given, pairs[name]) for name, case in cases.items()}
+        )
+        for name in () if self.tiny else cases:
+            found[f"flex, {name}"] = attempt(flex, name, length, width, slopes, pairs[name])
         return found
 
     def ring(self) -> dict:

@@ -10,9 +10,11 @@ import time
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from emulator import COMPILER, emulated
 from oracles import scores as score_oracle
 from oracles.formulas import as_columns, as_rows, random_formula, random_tokens
 from striate.lib import masks
@@ -109,8 +111,19 @@ def test_many_random_problems_on_the_tpu_kernel(seed):
     jax.clear_caches()
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(COMPILER is None, reason="there is no C++ compiler in PATH")
+@pytest.mark.parametrize("seed", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in range(4000, 4600, SHARE))])
+def test_random_problems_on_the_compiled_gpu_kernel(seed):
+    with emulated(seed):
+        check(seed, "pallas_gpu")
+
+
 def check(seed: int, implementation: str | None = None) -> Drawn:
     drawn = draw(seed)
+    if implementation == "pallas_gpu":  # which takes no float32
+        narrow = {name: getattr(drawn.problem, name).astype(jnp.bfloat16) for name in ("q", "k", "v", "d_out")}
+        drawn = drawn._replace(problem=drawn.problem._replace(**narrow))
     drawn = drawn._replace(system=drawn.system._replace(implementation=implementation or drawn.system.implementation))
     try:
         drawn.check()
