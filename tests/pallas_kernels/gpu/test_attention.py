@@ -70,6 +70,13 @@ def test_where_one_block_of_keys_has_place_nobody_waits_for_ever():
     check_bound(KERNEL, masks.causal(), problem, tile=128)
 
 
+@pytest.mark.parametrize("mask", [masks.everything(), masks.nothing()], ids=str)
+def test_masks_that_read_nothing(mask):
+    """The first block of a row is masked by any of them, also where none is live."""
+    rng = np.random.default_rng(7)
+    check_bound(KERNEL, mask, random_problem(rng, Tokens.arange(1, 100), heads=2, kv_heads=1))
+
+
 def test_queries_and_keys_of_different_lengths():
     rng = np.random.default_rng(5)
     q_tokens, k_tokens = (suite.formulas.random_tokens(rng, batch=2, length=n) for n in (40, 100))

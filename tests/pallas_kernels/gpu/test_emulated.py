@@ -77,6 +77,13 @@ def test_widths(dtype, width, value_width):
         check_bound(KERNEL, RULE, given)
 
 
+@pytest.mark.parametrize("mask", [masks.everything(), masks.nothing()], ids=str)
+def test_masks_that_read_nothing(mask):
+    given = problem(200, heads=2, kv_heads=1)
+    with emulated():
+        check_bound(KERNEL, mask, given)
+
+
 @pytest.mark.parametrize("name", ALL_CASES)
 def test_scores(name):
     given = problem(200, seed=1, heads=4, kv_heads=2)
