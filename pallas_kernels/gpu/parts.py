@@ -242,7 +242,7 @@ class Language(NamedTuple):
 
     def shown(self, s, query: dict, key: dict):
         """s where the mask shows the pair, else -inf."""
-        if not self.mask.fields:  # a formula that reads nothing shows all pairs or none
+        if not self.mask.fields:  # a formula that reads nothing shows all pairs or none; NaN stays
             return jnp.minimum(s, jnp.where(self.mask.tile({None: 0}, {None: 0}), jnp.inf, -jnp.inf))
         zeros = jnp.zeros(s.shape, jnp.int32)
         return self.mask.select({None: zeros, **query}, {None: zeros, **key}, s, -jnp.inf)

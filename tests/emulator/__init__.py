@@ -134,7 +134,6 @@ def _library() -> ctypes.CDLL:
         library.emulator_read.restype = ctypes.c_void_p
         library.emulator_begin.argtypes = [ctypes.c_void_p, ctypes.c_uint32, ctypes.c_int] + [ctypes.c_void_p] * 2
         library.emulator_error.restype = library.emulator_notes.restype = ctypes.c_char_p
-        library.emulator_steps.restype = ctypes.c_uint64
         _libraries.append(library)
     return _libraries[0]
 
@@ -150,7 +149,6 @@ def _placed(x: np.ndarray) -> np.ndarray:
 
 def _compile(module, arguments, results, aliases) -> Kernel:
     """Of a Mosaic module, by XLA, which writes PTX and host code to files that the environment names."""
-
     from jax.experimental.mosaic.gpu import core as mosaic
 
     def call(*arrays):
@@ -215,5 +213,7 @@ def emulated(seed: int = 0, change: Callable[[Kernel], Kernel] = lambda kernel: 
         mock.patch.dict(os.environ, {attention.EXPERIMENTAL: "pallas_gpu"}),
     ):
         jax.clear_caches()  # of programs with other kernels
-        yield emulation
-    jax.clear_caches()
+        try:
+            yield emulation
+        finally:
+            jax.clear_caches()

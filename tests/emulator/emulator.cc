@@ -10,7 +10,6 @@ struct Launch {
   uint32_t seed = 0;
   std::vector<std::pair<uint64_t, uint64_t>> arrays;
   Text error, notes;
-  uint64_t steps = 0;
 } launch;
 
 void refuse(const Text& why) {
@@ -50,13 +49,12 @@ void* emulator_read(const char* ptx, char* error, int size) {
 }
 
 void emulator_begin(const void* program, uint32_t seed, int count, const uint64_t* begin, const uint64_t* bytes) {
-  launch = {(const Program*)program, seed, {}, {}, {}, 0};
+  launch = {(const Program*)program, seed, {}, {}, {}};
   for (int n = 0; n < count; n++) launch.arrays.push_back({begin[n], begin[n] + bytes[n]});
 }
 
 const char* emulator_error() { return launch.error.c_str(); }
 const char* emulator_notes() { return launch.notes.c_str(); }
-uint64_t emulator_steps() { return launch.steps; }
 
 void mosaic_gpu_init_tma_desc(void* to, void* base, int64_t type, int64_t rank, int64_t* sizes, int64_t* strides,
                               int64_t swizzle, int64_t* window) {
@@ -90,7 +88,6 @@ void mosaic_gpu_build_kernel_spec(void*, uint32_t grid_x, uint32_t grid_y, uint3
   } catch (std::exception& problem) {
     refuse(problem.what());
   }
-  launch.steps = machine.steps;
   for (auto& [note, times] : machine.notes.found) launch.notes += format("%d times: ", times) + note + "\n";
 }
 }

@@ -111,7 +111,6 @@ struct Machine {
   uint32_t grid[3], block[3], place[3];
   uint32_t shared_bytes;
   std::vector<std::pair<uint64_t, uint64_t>> arrays;  // beginnings and ends in global memory
-  uint64_t steps = 0;
 
   SharedMemory shared{0, &notes};
   std::vector<Warp> warps;
@@ -239,7 +238,7 @@ inline bool Machine::step(Warp& w) {
     lanes &= w.predicate(guard);
   }
   if (i.together && here != ~Lanes(0)) fail(::place(i) + " is for all threads of a warp, and only some are here");
-  w.steps++, steps++;
+  w.steps++;
   check_registers(w, i);
   Outcome outcome = i.run(*this, w, i, lanes);
   for (int l = 0; l < LANES && outcome != Outcome::waits; l++)

@@ -1,6 +1,9 @@
 """The kernels by the real compiler of GPUs: machine code for H100 and H200, and rings of GPUs that are not here."""
 
+import os
 import re
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -55,6 +58,13 @@ def both_passes(mask, score=None, parallel=None):
         return striate.attention(q, k, v, mask=mask, score=score, **how).astype(jnp.float32).sum()
 
     return jax.grad(loss, argnums=(0, 1, 2))
+
+
+def test_gpus_are_described_after_jax_has_looked_for_its_own():
+    program = "import jax; jax.devices(); from striate.lib import plan; print(len(plan.describe('h200:8')))"
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert done.stdout.strip().endswith("8"), done.stderr
 
 
 @pytest.mark.parametrize(("width", "value_width"), WIDTHS)
